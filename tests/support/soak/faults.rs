@@ -118,6 +118,12 @@ impl FaultKind {
         self.name().starts_with("runtime-")
     }
 
+    /// Whether the agent states it as a condition, however long it lasts.
+    pub fn is_a_condition(self) -> bool {
+        use FaultKind::{DriverReload, DriverStall, GpuAbsent, GpuLost, GpuStall};
+        matches!(self, GpuStall | DriverStall | GpuLost | GpuAbsent | DriverReload)
+    }
+
     /// Range of its length, in seconds.
     fn seconds(self) -> (f64, f64) {
         match self {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-use super::accounts::AllowedUser;
+use super::accounts::{AllowedUser, Problem};
 use super::board::lock;
 use super::faults::{FaultKind, PlannedFault};
 use super::run::SoakRun;
@@ -108,6 +108,10 @@ fn storm(run: &mut SoakRun<'_>, lasts: Duration) -> Result<Injected> {
     // The counts are read and published within a third of a second.
     run.wait(Duration::from_millis(1500))?;
     let lost = lost_events(run) - before;
+    if lost <= 0.0 {
+        let text = format!("{storms} x {STORM_LIVES} processes, and no kernel event was lost");
+        lock(&run.board.state).report(Problem::new("storm without effect", text));
+    }
     Injected::noted(format!("{storms} x {STORM_LIVES} processes, {lost} events lost"))
 }
 

@@ -165,6 +165,11 @@ impl<'w> SoakRun<'w> {
         let (first_line, log_lines) = (first_line.map(|line| (*line).to_owned()).unwrap_or_default(), new.len());
         let mut conditions = lock(&self.board.state).conditions.clone();
         conditions.retain(|condition| !self.baseline.contains(condition));
+        if plan.kind.is_a_condition() && injected.refused.is_none() && conditions.is_empty() {
+            let (name, gpu) = (plan.kind.name(), plan.gpu);
+            let problem = Problem::new(format!("{name} without effect"), format!("{name} of GPU {gpu}: no condition was stated"));
+            lock(&self.board.state).report(problem);
+        }
         let (refused, note) = (injected.refused, injected.note);
         let record = FaultRecord { plan, begun, ended, refused, note, converged, conditions, log_lines, first_line };
         println!("{record}");

@@ -84,6 +84,12 @@ pub enum LibraryError {
     NoSymbols { path: PathBuf },
     #[error("cannot read what process {pid} maps")]
     Maps { pid: u32, source: io::Error },
+    #[error(
+        "the library of process {pid} was not read within {seconds} s: its file system, or that of another process, hangs or is slow"
+    )]
+    Late { pid: u32, seconds: u64 },
+    #[error("cannot start the thread that reads libraries")]
+    Thread(#[source] io::Error),
 }
 
 /// Identifies a file as long as it does not change.

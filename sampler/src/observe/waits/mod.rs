@@ -13,6 +13,7 @@
 
 mod library;
 mod multi;
+mod patient;
 mod process;
 mod programs;
 mod root_path;
@@ -29,7 +30,8 @@ use sampler_core::observation::{Observation, WaitProbeChange, WaitProbeState};
 use sampler_core::pipeline::GpuProcess;
 use sampler_core::units::{BootNs, Tgid};
 
-use self::library::{Libraries, LibraryError};
+use self::library::{Libraries, Library, LibraryError};
+use self::patient::Patient;
 use self::process::ProbedProcess;
 use self::programs::{MAX_PROCESSES, ProbeError, Probes};
 use crate::error::display_chain;
@@ -43,6 +45,8 @@ use crate::wait_selector::WaitSelector;
 /// Processes of one user that are probed at a time, so that others have room.
 const MAX_OF_USER: usize = 256;
 const EVERY: Duration = Duration::from_secs(1);
+/// For reading the library of one process; it takes some milliseconds.
+const LIBRARY_PATIENCE: Duration = Duration::from_secs(1);
 /// How often new clients are reported: before samples of their time are divided, which wait for the fourth named sample after them.
 const CLIENTS_EVERY: Duration = Duration::from_millis(200);
 /// Without a request; one ends the pause.
@@ -137,7 +141,8 @@ struct LoadFailure {
 struct Worker {
     context: WaitContext,
     probes: Option<Probes>,
-    libraries: Libraries,
+    /// Reads the library of a process.
+    libraries: Option<Patient<u32, Result<Library, LibraryError>>>,
     probed: HashMap<ProcessId, ProbedProcess>,
     /// Those over the budget stay until they end.
     unprobed: HashMap<ProcessId, Unprobed>,
@@ -173,7 +178,7 @@ pub fn start(context: WaitContext) -> std::io::Result<WaitsThread> {
         let mut worker = Worker {
             context,
             probes: None,
-            libraries: Libraries::default(),
+            libraries: None,
             probed: HashMap::new(),
             unprobed: HashMap::new(),
             generation: 0,
@@ -387,7 +392,7 @@ impl Worker {
         self.read();
         self.end_except(&[]);
         (self.probes, self.load_failure) = (None, None);
-        self.libraries = Libraries::default();
+        self.libraries = None;
         self.context.health.report(Condition::WaitProbes, &[], |_, first| first.to_owned());
     }
 
@@ -419,9 +424,22 @@ impl Worker {
         self.probe_change((process.tgid, process.start), state, detail);
     }
 
+    /// The library of a process. Its file may be on a file system that hangs, which must not keep others from losing their probes.
+    fn library(&mut self, pid: u32) -> Result<Library, LibraryError> {
+        let libraries = match &mut self.libraries {
+            Some(libraries) => libraries,
+            none => {
+                let (procfs, mut libraries) = (self.context.procfs.clone(), Libraries::default());
+                let read = move |pid| libraries.of_process(&procfs, pid);
+                none.insert(Patient::new("wait-libraries", read).map_err(LibraryError::Thread)?)
+            }
+        };
+        let late = || LibraryError::Late { pid, seconds: LIBRARY_PATIENCE.as_secs() };
+        libraries.ask(pid, LIBRARY_PATIENCE).ok_or_else(late)?
+    }
+
     fn attach(&mut self, process: &GpuProcess) -> Result<String, (WaitProbeState, String)> {
         let refused = |error: &dyn std::error::Error| (WaitProbeState::Refused, display_chain(error));
-        let Some(probes) = &mut self.probes else { return Err((WaitProbeState::Refused, String::new())) };
         if self.probed.len() >= MAX_PROCESSES as usize {
             return Err((WaitProbeState::Refused, format!("{MAX_PROCESSES} processes are probed; select fewer")));
         }
@@ -431,11 +449,12 @@ impl Worker {
             return Err((WaitProbeState::Refused, problem));
         }
         let pid = process.tgid.0;
-        let library = self.libraries.of_process(&self.context.procfs, pid).map_err(|error| match &error {
+        let library = self.library(pid).map_err(|error| match &error {
             LibraryError::Absent | LibraryError::Maps { .. } => (WaitProbeState::NoLibrary, display_chain(&error)),
             LibraryError::NoSymbols { .. } => (WaitProbeState::NoSymbols, display_chain(&error)),
             _ => refused(&error),
         })?;
+        let Some(probes) = &mut self.probes else { return Err((WaitProbeState::Refused, String::new())) };
         let attached = probes.attach(pid, &library, has_seccomp(&self.context.procfs, pid));
         let attached = attached.map_err(|error: ProbeError| refused(&error))?;
         // What was read by the PID may be of a later process with the same one.
