@@ -25,6 +25,8 @@ use crate::observe::kernel::proc::{directory, memberships};
 
 /// How long a freeze may take. Processes in a system call that cannot be interrupted are frozen when it returns.
 const FREEZES_WITHIN: Duration = Duration::from_millis(500);
+/// How long a thaw may take.
+const THAWS_WITHIN: Duration = Duration::from_millis(100);
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// Cgroups that are searched for a process of the suspect.
 const MAX_FOLDERS: usize = 64;
@@ -206,6 +208,18 @@ impl Freezer {
             FreezerVersion::V2 => Ok(state.trim() == "0" && !self.is_frozen()?),
             FreezerVersion::V1 => Ok(state.trim() == "THAWED"),
         }
+    }
+
+    /// Whether it is thawed, or is in a moment: its processes may not run yet when the thaw returns.
+    pub fn becomes_thawed(&self) -> Result<bool, FreezerError> {
+        let asked = Instant::now();
+        while !self.is_thawed()? {
+            if asked.elapsed() > THAWS_WITHIN {
+                return Ok(false);
+            }
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        Ok(true)
     }
 
     /// Fails if the freezer cannot be written, such as below a read-only mount. Does not change it.

@@ -214,7 +214,7 @@ impl GuardProcess {
 
     /// Fails with the reason if another program has frozen the cgroup: the thaw of this guard would end that, too.
     fn is_free(&self) -> Result<(), String> {
-        match self.freezer.is_thawed() {
+        match self.freezer.becomes_thawed() {
             Ok(true) => Ok(()),
             Ok(false) => Err(format!("another program has frozen the cgroup {}, which stays as it is", self.freezer.path)),
             Err(error) => Err(display_chain(&error)),
