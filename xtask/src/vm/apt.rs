@@ -132,7 +132,10 @@ impl Apt {
     }
 }
 
-/// The kernel release that `wanted` selects among `releases`: the named package's, or the newest of a version.
+/// Selects the newest kernel of all suites.
+pub const NEWEST: &str = "newest";
+
+/// The kernel release that `wanted` selects among `releases`: the named package's, or the newest, of a version or of all.
 pub fn choose<'a>(wanted: &str, mut releases: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     match wanted.strip_prefix(IMAGE) {
         Some(named) => releases.find(|release| *release == named),
@@ -144,7 +147,8 @@ pub fn choose<'a>(wanted: &str, mut releases: impl Iterator<Item = &'a str>) -> 
 fn newest<'a>(version: &str, releases: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let is_of_version = |release: &&str| {
         let rest = release.strip_prefix(version);
-        rest.is_some_and(|rest| rest.starts_with(['.', '-', '+'])) && release.ends_with(FLAVOUR)
+        let is_wanted = version == NEWEST || rest.is_some_and(|rest| rest.starts_with(['.', '-', '+']));
+        is_wanted && release.ends_with(FLAVOUR)
     };
     releases.filter(is_of_version).max_by(|a, b| natural(a, b))
 }
@@ -189,6 +193,7 @@ mod tests {
         check("6.12.95", Some("6.12.95+deb12-cloud-amd64"));
         check("7.3", Some("7.3.4+deb13-cloud-amd64"));
         check("7", Some("7.3.4+deb13-cloud-amd64"));
+        check("newest", Some("7.3.4+deb13-cloud-amd64"));
         check("5.10", None);
         check("linux-image-6.1.0-51-amd64", Some("6.1.0-51-amd64"));
         check("linux-image-6.1", None);

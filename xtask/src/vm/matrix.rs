@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::apt::NEWEST;
 use super::{VmOptions, usage};
 use crate::build::Profile;
 use crate::package;
 use crate::tools::{self, progress};
 
-const KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", "7.3"];
+const KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", NEWEST];
 /// Of cgroups, and lockdown: what the kernel's command line decides. systemd from 256 on wants to be forced.
 const LAYOUTS: [(&str, &str); 5] = [
     ("v2", ""),

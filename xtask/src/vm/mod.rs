@@ -36,7 +36,7 @@ use std::{
 
 const USAGE: &str = "usage: cargo xtask vm KERNEL [--append ARGS] [--suite SUITE] [--with FILE].. [--memory MIB] \
                      [--timeout 30m] [--debug] [--yes] -- COMMAND ..\n\
-                     KERNEL is a version such as 7.3 or 6.1, or the name of a linux-image package";
+                     KERNEL is a version such as 7.3 or 6.1, newest, or the name of a linux-image package";
 
 #[derive(Debug, PartialEq)]
 struct VmOptions {
@@ -167,7 +167,9 @@ fn run(options: &VmOptions) -> Result<VmRun> {
 /// The kernel release that `wanted` selects. Package lists are needed only for a kernel that is not unpacked yet.
 fn resolve(vm: &Path, wanted: &str) -> Result<(String, Option<Apt>)> {
     let _lock = lock(vm)?;
-    if let Some(release) = kernel::cached(vm, wanted)? {
+    // The newest of the suites need not be the newest that is unpacked.
+    let cached = if wanted == apt::NEWEST { None } else { kernel::cached(vm, wanted)? };
+    if let Some(release) = cached {
         progress(format_args!("vm: Linux {release}, cached in {}", vm.display()));
         return Ok((release, None));
     }
