@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use self::accounts::{LifeAccount, Problem};
 use self::board::{Board, lock};
 use self::churn::Churn;
 use self::faults::FaultKind;
@@ -44,6 +45,9 @@ const SETTLED: Duration = Duration::from_secs(14);
 
 /// Samples of the first and the last second of a life may be credited or not.
 const EDGE_US: u64 = 1_000_000;
+/// Containers, and their part of all users of a GPU, that may be exposed before their labels were read.
+const BLANK_LEAST: usize = 4;
+const BLANK_RATIO: f64 = 0.01;
 
 /// Runs it. Returns whether there was no violation.
 pub fn soak(options: &SoakOptions) -> Result<bool> {
@@ -87,6 +91,15 @@ impl SoakRun<'_> {
     }
 }
 
+/// Says so if more containers were exposed before their labels were read than a busy machine explains. `pairs`: of a user and a GPU.
+fn blank_problem(blank: usize, pairs: usize) -> Option<Problem> {
+    let most = BLANK_LEAST.max((pairs as f64 * BLANK_RATIO) as usize);
+    let text = || {
+        format!("{blank} containers were exposed before their labels were read, of {pairs} users of a GPU; {most} are allowed")
+    };
+    (blank > most).then(|| Problem::new("blank labels", text()))
+}
+
 /// Compares with the simulator's record.
 fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerVerdict)> {
     let second = |seconds: f64| begun_us + (seconds * 1e6) as u64;
@@ -102,7 +115,21 @@ fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerV
     let (verdict, mut problems) = verdict::owners(&lock(run.lives), &samples, &state.accounts, &run.world.uuids, &ids, &ran);
     let steady = verdict::steady(run.world, &lives, &run.spans, second)?;
     let demands = run.world.steady.iter().filter(|user| user.id != world::HOST).map(|user| user.demand);
+    let sum = |of: fn(&LifeAccount) -> usize| state.accounts.iter().map(of).sum::<usize>();
+    problems.extend(blank_problem(sum(|account| account.blank.len()), sum(|account| account.credits.len())));
     problems.extend(steady.iter().zip(demands).flat_map(|(user, demand)| user.problems(demand)));
     problems.into_iter().for_each(|problem| state.report(problem));
     Ok((steady, verdict))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_blank_labels_than_a_busy_machine_explains_are_found() {
+        assert_eq!((blank_problem(4, 10), blank_problem(10, 1000)), (None, None));
+        assert_eq!(blank_problem(5, 10).unwrap().key, "blank labels");
+        assert_eq!(blank_problem(11, 1000).unwrap().key, "blank labels");
+    }
 }

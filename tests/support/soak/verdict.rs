@@ -63,7 +63,8 @@ impl SteadyVerdict {
             problems.push(Problem::new(format!("too little credit {name}"), text));
         }
         let off = self.quiet_credited - self.quiet_real;
-        let edges = EDGE_SECONDS * demand.max(0.2) * f64::from(self.quiet_spans);
+        // The lags of different spans have nothing to do with each other.
+        let edges = EDGE_SECONDS * demand.max(0.2) * f64::from(self.quiet_spans).sqrt();
         let allowed = ERRORS * self.quiet_stated + ROUNDING_RATIO * self.quiet_real + edges;
         if off.abs() > allowed {
             let text = format!(
