@@ -501,7 +501,7 @@ fn an_experiment_with_version_1_that_is_killed_at_any_moment_ends_thawed() -> Re
 
 /// As an out-of-memory daemon does, or the end of a login session.
 #[test]
-fn an_experiment_whose_cgroup_is_killed_ends_thawed() -> Result<()> {
+fn an_experiment_in_a_cgroup_that_is_killed_ends_thawed() -> Result<()> {
     let scene = ExperimentScene::new("experiment-cgroup", "seed = 9\n[[gpus]]", Freezer::V2)?;
     let cgroup = scene.tree.make("terminal")?;
     let command = scene.start_as(program_in(&cgroup)?, &["--freeze", LONG_FREEZE])?;

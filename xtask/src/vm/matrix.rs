@@ -199,7 +199,7 @@ fn keep(
 ) -> Result<Vec<String>> {
     let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
     let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
-    let machine = Machine { release, layout };
+    let machine = ChosenMachine { release, layout };
     let known = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
     let now = sizes.clone().unwrap_or_default();
     let mut problems = known.map_or_else(Vec::new, |known| changes(machine, known, &verified, &now));
@@ -238,12 +238,12 @@ fn replace(cells: &mut Cells, (release, layout): (&str, &str), new: Rows<1, 2>) 
 
 /// A kernel and a layout that were run.
 #[derive(Clone, Copy)]
-struct Machine<'a> {
+struct ChosenMachine<'a> {
     release: &'a str,
     layout: &'a str,
 }
 
-impl Machine<'_> {
+impl ChosenMachine<'_> {
     /// The release among the known ones that this one is compared with: itself, or else the newest of the same series, since a machine that
     /// is new has a newer build of the kernel.
     fn like<'k>(self, known: impl Iterator<Item = (&'k str, &'k str)>) -> Option<&'k str> {
@@ -254,7 +254,7 @@ impl Machine<'_> {
 }
 
 /// Checks that were `ok` on a machine like this one, and are not.
-fn no_longer_ok(machine: Machine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>) -> Vec<String> {
+fn no_longer_ok(machine: ChosenMachine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>) -> Vec<String> {
     let was_ok = before.iter().filter(|([release, layout, check], [result, _])| {
         release == like && layout == machine.layout && result == "ok" && check != PACKAGE_CHECK
     });
@@ -270,7 +270,7 @@ fn no_longer_ok(machine: Machine<'_>, like: &str, before: &Cells, now: &Rows<1, 
 }
 
 /// Programs that a machine like this one did not load.
-fn without_line(machine: Machine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
+fn without_line(machine: ChosenMachine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
     let is_new = |program: &str| !before.contains_key(&[like.to_owned(), machine.layout.to_owned(), program.to_owned()]);
     let problem = |[program]: &[String; 1]| format!("{VERIFIER} has no line of {program} on {like}, {}", machine.layout);
     now.keys().filter(|[program]| is_new(program)).map(problem).collect()
@@ -294,8 +294,8 @@ fn sizes(log: &str) -> Option<Rows<1, 2>> {
 
 /// Programs of which this kernel inspected far more or far fewer instructions than before, or that are missing now. Kernels that do not
 /// count instructions are compared by the size of the translated program.
-fn changes(machine: Machine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
-    let Machine { release, layout } = machine;
+fn changes(machine: ChosenMachine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
+    let ChosenMachine { release, layout } = machine;
     let of_machine = before.iter().filter(|([known, of, _], _)| known == like && of == layout);
     let change = |([.., program], row): (&[String; 3], &[String; 2])| {
         let known = row.iter().map(|field| field.parse::<f64>().ok());
@@ -409,7 +409,7 @@ mod tests {
              6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\tunknown\t800\n6.1.0\tv1\twait\tunknown\tunknown",
         );
         let now = rows("fork\t120\t800\nexec\t121\t800\nattach\t100\t700\nexit\tunknown\t970\nnew\t9\t80");
-        let machine = Machine { release: "6.1.9", layout: "v1" };
+        let machine = ChosenMachine { release: "6.1.9", layout: "v1" };
         let problem = |now: &str, program: &str, before: u32| format!("6.1.9, v1: {now} of {program}, {before} before");
         assert_eq!(
             changes(machine, "6.1.0", &before, &now),
@@ -427,7 +427,7 @@ mod tests {
     #[test]
     fn a_machine_is_compared_with_the_newest_of_its_series() {
         let known = [("6.1.0-50-cloud", "v2"), ("6.1.0-9-cloud", "v2"), ("6.12.1", "v2"), ("6.1.0-60-cloud", "v1")];
-        let like = |release, layout| Machine { release, layout }.like(known.into_iter());
+        let like = |release, layout| ChosenMachine { release, layout }.like(known.into_iter());
         assert_eq!(like("6.1.0-55-cloud", "v2"), Some("6.1.0-50-cloud"));
         assert_eq!(like("6.1.0-9-cloud", "v2"), Some("6.1.0-9-cloud"));
         assert_eq!(like("6.12.9", "v1"), None);
@@ -437,7 +437,7 @@ mod tests {
     fn a_check_that_was_ok_has_to_be_so() {
         let before =
             rows("6.1.0\tv2\tdocker\tok\t20.10\n6.1.0\tv2\tpodman\tabsent\t\n6.1.0\tv2\tpackage\tok\t\n6.1.0\tv2\tstorms\tok\t");
-        let machine = Machine { release: "6.1.9", layout: "v2" };
+        let machine = ChosenMachine { release: "6.1.9", layout: "v2" };
         assert_eq!(
             no_longer_ok(machine, "6.1.0", &before, &rows("docker\tabsent\tno engine\npodman\tabsent\t")),
             ["6.1.9, v2, docker: absent now, ok before: no engine", "6.1.9, v2, storms: missing now, ok before: "]
