@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::{Agent, sum};
+use gpu_sampler_tests::{Agent, sum, wait_for};
 
 use super::{CudaClient, WaitScene, now_us};
 
@@ -20,11 +20,14 @@ const SETTLES: Duration = Duration::from_secs(13);
 /// Of the time of the short processes. The driver names those that live when it is read, which is about every second one.
 const WITH_PROBES: f64 = 0.85;
 const GAIN: f64 = 0.1;
+/// Several scrapes.
+const EXPOSED: Duration = Duration::from_secs(5);
 
 fn seconds(agent: &Agent, client: &CudaClient) -> Result<f64> {
-    // Series begin at 0 in their first scrape.
-    agent.scrape()?;
-    Ok(sum(&agent.scrape()?, "container_gpu_seconds_total", &[("container_id", &client.container_id)]).unwrap_or(0.0))
+    let labels = [("container_id", &*client.container_id)];
+    // Series begin at 0 for each scraper, and one that connects again may be taken for an earlier one.
+    let credited = || Ok(sum(&agent.scrape()?, "container_gpu_seconds_total", &labels).filter(|seconds| *seconds > 0.0));
+    wait_for("the container is credited", EXPOSED, credited)
 }
 
 #[test]
