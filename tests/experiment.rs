@@ -508,6 +508,7 @@ fn an_experiment_in_a_cgroup_that_is_killed_ends_thawed() -> Result<()> {
     Moment::Within.wait(&scene)?;
     fs::write(cgroup.join("cgroup.kill"), "1")?;
     scene.check_thawed("the cgroup of the command was killed")?;
+    ensure!(!scene.errors().contains("will not thaw"), "the agent could have thawed it, too: {}", scene.errors());
     drop(command);
     Ok(())
 }

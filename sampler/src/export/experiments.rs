@@ -1,25 +1,45 @@
 //! `POST /api/v1/sessions/{id}/experiment`: facts of a freezing experiment, for the session that records it.
 //!
 //! The agent freezes nothing. It refuses a schedule that would freeze itself, since its session would stop with it, and where it cannot
-//! determine that. Which freezes a session accepts is decided by `session::manager`.
+//! determine that, and states whether it could thaw the suspect if all of the experiment is killed. Which freezes a session accepts is decided by `session::manager`.
 
+use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Path, Request as HttpRequest, State};
 use axum::handler::Handler as _;
 use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::post;
 use sampler_core::experiment::{ExperimentFact, ExperimentSchedule};
+use serde::{Deserialize, Serialize};
 
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
-use crate::freeze::contains_process;
+use crate::error::display_chain;
+use crate::freeze::{Freezer, contains_process};
 use crate::observe::clock::boot_now;
-use crate::observe::kernel::layout::namespace_problem;
+use crate::observe::kernel::layout::{layout, namespace_problem};
 
 /// An experiment starts within this time: boot times of another machine differ by more.
 const MAX_LEAD_NS: u64 = 60_000_000_000;
+
+/// What the agent does if a command and its guard are killed during a freeze: the reply to a schedule.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ThawSupport {
+    /// Where the agent finds what was left frozen.
+    pub runtime_dir: PathBuf,
+    /// Why it could not thaw the suspect, if so.
+    pub cannot_thaw: Option<String>,
+}
+
+impl ThawSupport {
+    fn of(procfs: &FsPath, runtime_dir: &FsPath, suspect: &str) -> Self {
+        let writable = Freezer::find(&layout(procfs), procfs, suspect).and_then(|freezer| freezer.check_writable());
+        Self { runtime_dir: runtime_dir.to_owned(), cannot_thaw: writable.err().map(|error| display_chain(&error)) }
+    }
+}
 
 pub fn router() -> Router<Arc<AppState>> {
     let limited = add.layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES));
@@ -30,7 +50,7 @@ async fn add(
     State(state): State<Arc<AppState>>,
     Path(id): Path<String>,
     request: HttpRequest,
-) -> Result<StatusCode, ErrorResponse> {
+) -> Result<Response, ErrorResponse> {
     let fact: ExperimentFact = body(request, BODY_TIMEOUT).await?;
     if let ExperimentFact::Schedule(schedule) = &fact {
         if let Some(problem) = schedule.problem() {
@@ -55,11 +75,13 @@ async fn add(
         ExperimentFact::Schedule(ExperimentSchedule { victim, suspect, seed, consent, .. }) => {
             let consent = consent.name();
             tracing::info!(session = id, victim, suspect, consent, seed, "an experiment will freeze the suspect");
+            let config = state.config();
+            Ok(Json(ThawSupport::of(&config.path_procfs, &config.runtime_dir, &suspect)).into_response())
         }
         ExperimentFact::Frozen { burst, from, to, .. } => {
             let milliseconds = to.saturating_since(from) / 1_000_000;
             tracing::info!(session = id, burst, milliseconds, "the suspect was frozen, and is thawed");
+            Ok(StatusCode::NO_CONTENT.into_response())
         }
     }
-    Ok(StatusCode::NO_CONTENT)
 }

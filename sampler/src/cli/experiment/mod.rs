@@ -36,6 +36,7 @@ use crate::cli::output::{json, print};
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 use crate::config::{Config, Settings};
 use crate::error::{display_chain, report_line};
+use crate::export::experiments::ThawSupport;
 use crate::export::sessions::{SessionBody, WaitProbesBody};
 use crate::freeze::{ExperimentLock, GuardHandle, RuntimeDir, recover};
 use crate::observe::clock::boot_now;
@@ -293,7 +294,10 @@ impl Trial<'_> {
         let guard = GuardHandle::start(suspect.freezer.clone(), self.runtime_dir, self.lock, self.procfs).await?;
         let schedule = design.draw(victim, suspect.path.clone(), boot_now().plus(LEAD_NS));
         let fact = serde_json::to_vec(&ExperimentFact::Schedule(schedule.clone()))?;
-        call(self.client, Method::POST, &format!("{}/experiment", self.session), fact).await?;
+        let reply = call(self.client, Method::POST, &format!("{}/experiment", self.session), fact).await?;
+        if let Some(problem) = thaw_problem(&document(self.client.url(), &reply)?, self.runtime_dir.path()) {
+            report_line(&format!("gpu-sampler: {}", terminal_safe(&problem)));
+        }
         report_line(&announcement(&schedule, suspect));
         let (client, session, signals) = (self.client, self.session, &mut signals);
         let mut bursts = Bursts { client, session, schedule: &schedule, guard, failed_polls: 0, signals };
@@ -312,6 +316,17 @@ fn read_report(file: &Path) -> anyhow::Result<Report> {
         eprintln!("gpu-sampler: {}", terminal_safe(&problem));
     }
     Ok(sampler_report::build(&session, &View::default()))
+}
+
+/// Why the agent would not thaw the suspect if this command and its guard were killed; `None` if it would.
+fn thaw_problem(agent: &ThawSupport, runtime_dir: &Path) -> Option<String> {
+    let reason = if agent.runtime_dir != runtime_dir {
+        let (agents, own) = (agent.runtime_dir.display(), runtime_dir.display());
+        format!("its runtime_dir is {agents}, and that of this command is {own}")
+    } else {
+        agent.cannot_thaw.clone()?
+    };
+    Some(format!("if this command and its guard are killed during a freeze, the agent will not thaw the suspect: {reason}"))
 }
 
 fn announcement(schedule: &ExperimentSchedule, suspect: &FrozenSubject) -> String {
@@ -342,6 +357,17 @@ mod tests {
     struct ExperimentCommand {
         #[command(flatten)]
         experiment: ExperimentArgs,
+    }
+
+    #[test]
+    fn an_agent_that_would_not_thaw_is_named() {
+        let problem = |agents: &str, cannot_thaw: Option<&str>| {
+            let agent = ThawSupport { runtime_dir: agents.into(), cannot_thaw: cannot_thaw.map(str::to_owned) };
+            thaw_problem(&agent, Path::new("/run/a")).unwrap_or_default()
+        };
+        assert_eq!(problem("/run/a", None), "");
+        assert!(problem("/run/b", None).ends_with("its runtime_dir is /run/b, and that of this command is /run/a"));
+        assert!(problem("/run/a", Some("cannot write x")).ends_with("will not thaw the suspect: cannot write x"));
     }
 
     #[test]
