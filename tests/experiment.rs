@@ -461,10 +461,11 @@ fn an_experiment_with_a_killed_command_and_guard_is_thawed_by_the_agent() -> Res
 fn killed_at_any_moment(name: &str, freezer: Freezer, experiments: usize, seed: u64) -> Result<()> {
     let (mut scene, mut random) = (ExperimentScene::new(name, "seed = 9\n[[gpus]]", freezer)?, Random(seed));
     for n in 0..experiments {
-        let mut command = scene.start_with(&["--freeze", "300ms", "--pause", "300ms"])?;
+        // Longer than the bound: most freezes do not end by themselves within it.
+        let mut command = scene.start_with(&["--freeze", "3s", "--pause", "300ms"])?;
         let guard = scene.wait_for_guard()?;
-        // The first window begins two seconds after the start, and the last one ends some six seconds later.
-        let after = Duration::from_millis(1_500 + random.below(6_500));
+        // The first window begins two seconds after the start; the range ends in the second burst of six.
+        let after = Duration::from_millis(1_500 + random.below(9_000));
         std::thread::sleep(after);
         let what = match n % 3 {
             0 => {
@@ -505,10 +506,16 @@ fn an_experiment_in_a_cgroup_that_is_killed_ends_thawed() -> Result<()> {
     let scene = ExperimentScene::new("experiment-cgroup", "seed = 9\n[[gpus]]", Freezer::V2)?;
     let cgroup = scene.tree.make("terminal")?;
     let command = scene.start_as(program_in(&cgroup)?, &["--freeze", LONG_FREEZE])?;
-    Moment::Within.wait(&scene)?;
+    let guard = Moment::Within.wait(&scene)?;
+    let of_guard = |file: &str| fs::read_to_string(format!("/proc/{guard}/{file}"));
+    let (cgroups, spared) = (of_guard("cgroup")?, of_guard("oom_score_adj")?);
+    let is_root = |line: &str| line.ends_with(":/");
+    ensure!(cgroups.lines().all(is_root) && spared.trim() == "-1000", "the guard is in {cgroups:?}, {spared}");
     fs::write(cgroup.join("cgroup.kill"), "1")?;
     scene.check_thawed("the cgroup of the command was killed")?;
     ensure!(!scene.errors().contains("will not thaw"), "the agent could have thawed it, too: {}", scene.errors());
+    let log = scene.agent()?.log()?;
+    ensure!(!log.contains("thawed a cgroup that an experiment had left frozen"), "the agent had to thaw it: {log}");
     drop(command);
     Ok(())
 }

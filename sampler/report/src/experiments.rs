@@ -103,8 +103,10 @@ fn effects(
     // Bonferroni: any one of them confirms the pair, in this experiment or in a repetition of it.
     let tests = (shared + of_victim.len()) * experiments_of_pair(gathered, experiment);
     let rate_of_suspect = |span| {
-        let rates = gpus.iter().filter(|(_, gpu)| suspect.used(gpu));
-        rates.map(|(_, gpu)| gpu_rate(&gpu.observed, &|user| suspect.has(user), span)).sum::<Option<f64>>()
+        let used = gpus.iter().filter(|(_, gpu)| suspect.used(gpu));
+        // A GPU without data in the span says nothing; the others do.
+        let rates = used.filter_map(|(_, gpu)| gpu_rate(&gpu.observed, &|user| suspect.has(user), span));
+        rates.fold(None, |sum: Option<f64>, rate| Some(sum.unwrap_or(0.0) + rate))
     };
     let still_ran = experiment.still_ran(&rate_of_suspect);
     let confirmation = Confirmation { tests, end: range.1, still_ran: still_ran.as_deref() };

@@ -16,8 +16,9 @@
 //! - A burst counts if the outcome was measured in both windows, **by its coin** and not by what was frozen (intention to treat): a burst
 //!   without its freeze has the difference that it has. Would it be left out, only bursts with one result of the coin would be, since only
 //!   the window that the coin has chosen can fail to be frozen, and the test would not be exact.
-//! - More than one planned burst in ten without its freeze ([`UNREALISED`]), or an experiment that ended early, confirms nothing. Both
-//!   conditions only take confirmations away, so that the error of the test stays below its level.
+//! - More than one planned burst in ten without its freeze ([`UNREALISED`]), an experiment that ended early, or a suspect that had GPU time
+//!   while it was frozen ([`MOST_WHILE_FROZEN`]) confirms nothing. These conditions only take confirmations away, so that the error of the
+//!   test stays below its level.
 //! - Within a window, time of samples with an unqueried process is divided in the proportions of the queried samples of that window only:
 //!   division over neighbouring windows, as in the rest of a report, would carry time from one window into the other.
 //!
@@ -52,6 +53,8 @@ const LEAST_EFFECT: f64 = 0.02;
 const LEAST_REDUCTION: f64 = 0.02;
 /// A suspect that is frozen has at most this part of the GPU time that it has while it runs; the rest is work that was queued.
 const MOST_WHILE_FROZEN: f64 = 0.5;
+/// A sample covers a sixth of a second, of which a shorter part of a window says too little.
+const LEAST_SAMPLED_NS: u64 = 500_000_000;
 /// Two-sided confidence level of the interval.
 const LEVEL: f64 = 0.95;
 /// Experiments of one session; a file must not determine how much is computed.
@@ -206,13 +209,14 @@ impl GatheredExperiment {
     /// Says so if the suspect used the GPUs while it was frozen: work of processes outside of its cgroup, or no freeze, whatever was
     /// reported. `rate`: its GPU time in a span.
     pub fn still_ran(&self, rate: &dyn Fn(BootSpan) -> Option<f64>) -> Option<String> {
-        let all = self.means(rate);
+        let is_short = self.schedule.frozen_window(0).is_none_or(|window| counted(window).ns() < LEAST_SAMPLED_NS);
+        let all = if is_short { Vec::new() } else { self.means(rate) };
         let mean = |of: fn(&BurstMeans) -> f64| all.iter().map(of).sum::<f64>() / all.len().max(1) as f64;
         let (frozen, running) = (mean(|burst| burst.frozen), mean(|burst| burst.running));
         (frozen > LEAST_EFFECT && frozen > MOST_WHILE_FROZEN * running).then(|| {
             format!(
-                "the suspect had {frozen:.2} GPU-seconds per second while it was frozen, and {running:.2} while it ran: its work is not \
-                 in the frozen cgroup, such as with an MPS server"
+                "the suspect had {frozen:.2} GPU-seconds per second while it was frozen, and {running:.2} while it ran: its work was \
+                 queued for long, or is not in the frozen cgroup, such as with an MPS server"
             )
         })
     }

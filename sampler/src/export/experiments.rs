@@ -3,6 +3,7 @@
 //! The agent freezes nothing. It refuses a schedule that would freeze itself, since its session would stop with it, and where it cannot
 //! determine that, and states whether it could thaw the suspect if all of the experiment is killed. Which freezes a session accepts is decided by `session::manager`.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
 use crate::error::display_chain;
-use crate::freeze::{Freezer, contains_process};
+use crate::freeze::{Freezer, FreezerError, contains_process};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::{layout, namespace_problem};
 
@@ -30,14 +31,35 @@ const MAX_LEAD_NS: u64 = 60_000_000_000;
 pub struct ThawSupport {
     /// Where the agent finds what was left frozen.
     pub runtime_dir: PathBuf,
+    /// `None` if it does not exist there.
+    pub folder: Option<FolderId>,
     /// Why it could not thaw the suspect, if so.
     pub cannot_thaw: Option<String>,
+}
+
+/// A folder, whatever its path is in the mounts of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FolderId {
+    device: u64,
+    inode: u64,
+}
+
+impl FolderId {
+    pub fn of(folder: &FsPath) -> Option<Self> {
+        let meta = std::fs::metadata(folder).ok()?;
+        Some(Self { device: meta.dev(), inode: meta.ino() })
+    }
 }
 
 impl ThawSupport {
     fn of(procfs: &FsPath, runtime_dir: &FsPath, suspect: &str) -> Self {
         let writable = Freezer::find(&layout(procfs), procfs, suspect).and_then(|freezer| freezer.check_writable());
-        Self { runtime_dir: runtime_dir.to_owned(), cannot_thaw: writable.err().map(|error| display_chain(&error)) }
+        let cannot_thaw = writable.err().map(|error| match error {
+            // The remedy in its text is one for a person who runs a command.
+            FreezerError::File { action, path, source } => format!("it cannot {action} {}: {source}", path.display()),
+            other => display_chain(&other),
+        });
+        Self { runtime_dir: runtime_dir.to_owned(), folder: FolderId::of(runtime_dir), cannot_thaw }
     }
 }
 

@@ -26,7 +26,7 @@ use super::freezer::{Freezer, FreezerVersion, contains_process};
 use super::runtime_dir::{FrozenRecord, RuntimeDir};
 use crate::error::{display_chain, report_line};
 use crate::observe::clock::boot_now;
-use crate::observe::kernel::layout::{Layout, layout};
+use crate::observe::kernel::layout::{layout, roots};
 use crate::observe::kernel::proc::living_thread;
 
 /// How often a freeze is checked to last.
@@ -92,15 +92,12 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     // Fails only for the leader of a process group, which a child of the command never is.
     rustix::process::setsid().context("cannot leave the session of the terminal")?;
     let (procfs, cgroup) = (&options.path_procfs, &options.cgroup);
-    let layout = layout(procfs);
-    if let Err(error) = leave_cgroup(&layout) {
-        report_line(&format!("gpu-sampler: freeze-guard: {}", display_chain(error.as_ref())));
-    }
-    let freezer = Freezer::named(&layout, procfs, options.freezer, cgroup)?;
+    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup)?;
     let freezer = freezer.with_context(|| format!("the cgroup {cgroup} has no freezer any more"))?;
     if contains_process(procfs, "self", cgroup).context("cannot read the cgroups of this process")? {
         bail!("the cgroup {cgroup} contains this process, which would stop with it");
     }
+    leave_cgroup(procfs);
     let pid = std::process::id();
     let started = living_thread(&procfs.join("self")).map_err(anyhow::Error::msg)?;
     let (_, guard_start) = started.context("cannot read the start time of this process")?;
@@ -113,12 +110,18 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     result
 }
 
-/// Moves this process to the root of each hierarchy, and asks the kernel to spare it when memory is short.
-fn leave_cgroup(layout: &Layout) -> anyhow::Result<()> {
-    let ends_with = "the guard stays where the command is, and ends with it if that cgroup is killed: cannot write";
-    let write = |path: &Path, text: &str| fs::write(path, text).with_context(|| format!("{ends_with} {}", path.display()));
-    layout.mounts().try_for_each(|(_, mount)| write(&mount.join("cgroup.procs"), "0"))?;
-    write(Path::new("/proc/self/oom_score_adj"), "-1000")
+/// Moves this process to the root of each hierarchy, and asks the kernel to spare it when memory is short. Reports what it cannot.
+fn leave_cgroup(procfs: &Path) {
+    let write = |path: &Path, text: &str, what: &str| {
+        if let Err(error) = fs::write(path, text) {
+            report_line(&format!("gpu-sampler: freeze-guard: {what}: cannot write {}: {error}", path.display()));
+        }
+    };
+    for root in roots(procfs) {
+        let what = "the guard stays in a cgroup of the command, and ends with it if that is killed";
+        write(&root.join("cgroup.procs"), "0", what);
+    }
+    write(Path::new("/proc/self/oom_score_adj"), "-1000", "the kernel may end the guard when memory is short");
 }
 
 /// The requests of the pipe; the channel closes with it.
@@ -258,6 +261,7 @@ impl GuardProcess {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::kernel::layout::Layout;
 
     /// A guard of the cgroup `a`, which is frozen, and the file of the guard.
     fn guard(dir: &Path) -> GuardProcess {

@@ -30,6 +30,8 @@ pub struct GuardHandle {
     id: Option<GuardId>,
     requests: Option<ChildStdin>,
     replies: UnboundedReceiver<GuardReply>,
+    /// A freeze was requested, and the reply that ends it has not arrived.
+    may_freeze: bool,
     freezer: Freezer,
     runtime_dir: RuntimeDir,
 }
@@ -45,7 +47,8 @@ impl GuardHandle {
         let mut child = lock.inherited(|| command.spawn()).context("cannot start the guard")?;
         let (requests, output) = (child.stdin.take(), child.stdout.take());
         let (to, replies) = unbounded_channel();
-        let mut handle = Self { child, id: None, requests, replies, freezer, runtime_dir: runtime_dir.clone() };
+        let mut handle =
+            Self { child, id: None, requests, replies, may_freeze: false, freezer, runtime_dir: runtime_dir.clone() };
         let output = BufReader::new(output.context("the guard has no standard output")?);
         let read = move || {
             for line in output.lines() {
@@ -71,12 +74,17 @@ impl GuardHandle {
         let requests = self.requests.as_mut().context("the guard was stopped")?;
         let mut line = serde_json::to_string(&request)?;
         line.push('\n');
+        self.may_freeze |= matches!(request, GuardRequest::Freeze { .. });
         requests.write_all(line.as_bytes()).and_then(|()| requests.flush()).context("the guard has ended")
     }
 
     /// The next reply; `None` if the guard has ended. The cgroup may be frozen then, until [`GuardHandle::kill`].
     pub async fn reply(&mut self) -> Option<GuardReply> {
-        self.replies.recv().await
+        let reply = self.replies.recv().await;
+        if matches!(reply, Some(GuardReply::Thawed { .. } | GuardReply::Failed { .. })) {
+            self.may_freeze = false;
+        }
+        reply
     }
 
     /// Waits until the guard has ended; `None` if it has not within this time.
@@ -115,8 +123,8 @@ impl GuardHandle {
     }
 
     fn thaw(&self) -> Result<(), FreezerError> {
-        let may_be_frozen = self.id.is_some_and(|id| self.runtime_dir.may_have_frozen(&id));
-        if may_be_frozen { self.freezer.thaw() } else { Ok(()) }
+        let is_noted = || self.id.is_some_and(|id| self.runtime_dir.may_have_frozen(&id));
+        if self.may_freeze || is_noted() { self.freezer.thaw() } else { Ok(()) }
     }
 
     /// Closes the pipe: the guard thaws and ends. A guard that does not is killed, and the cgroup thawed here. Blocks, for one and a half
@@ -166,15 +174,19 @@ mod tests {
         let (version, path) = (FreezerVersion::V2, "/a".to_owned());
         runtime_dir.write_state(&FrozenRecord { guard_pid: pid, guard_start: start, version, path, until: BootNs(90) }).unwrap();
         let (_to, replies) = unbounded_channel();
-        let mut handle = GuardHandle { child, id: Some(GuardId { pid, start }), requests, replies, freezer, runtime_dir };
+        let mut handle =
+            GuardHandle { child, id: Some(GuardId { pid, start }), requests, replies, may_freeze: false, freezer, runtime_dir };
         handle.stop().unwrap();
         assert!(handle.child.try_wait().unwrap().is_some_and(|status| !status.success()));
         assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "0");
         assert!(handle.runtime_dir.read_state().unwrap().is_none());
         handle.stop().unwrap();
-        // Without the guard's file it was frozen by another program.
+        // Without a request and without the guard's file it was frozen by another program.
         fs::write(dir.path().join("a/cgroup.freeze"), "1").unwrap();
         handle.kill().unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "1");
+        handle.may_freeze = true;
+        handle.kill().unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "0");
     }
 }

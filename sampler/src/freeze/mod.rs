@@ -21,7 +21,7 @@ mod handle;
 mod runtime_dir;
 mod watch;
 
-pub use self::freezer::{Freezer, contains_process};
+pub use self::freezer::{Freezer, FreezerError, contains_process};
 pub use self::guard::{GuardOptions, GuardReply, GuardRequest, run as run_guard};
 pub use self::handle::GuardHandle;
 pub use self::runtime_dir::{ExperimentLock, RuntimeDir};

@@ -115,6 +115,7 @@ fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerV
     let (verdict, mut problems) = verdict::owners(&lock(run.lives), &samples, &state.accounts, &run.world.uuids, &ids, &ran);
     let steady = verdict::steady(run.world, &lives, &run.spans, second)?;
     let demands = run.world.steady.iter().filter(|user| user.id != world::HOST).map(|user| user.demand);
+    problems.extend(verdict.short_problem(verdict::unknown_ratio(&run.world.uuids, &lives)));
     let sum = |of: fn(&LifeAccount) -> usize| state.accounts.iter().map(of).sum::<usize>();
     problems.extend(blank_problem(sum(|account| account.blank.len()), sum(|account| account.credits.len())));
     problems.extend(steady.iter().zip(demands).flat_map(|(user, demand)| user.problems(demand)));

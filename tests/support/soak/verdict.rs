@@ -19,10 +19,10 @@ const EDGE_SECONDS: f64 = 0.5;
 const START_SECONDS: f64 = 1.0;
 /// The driver cuts to whole percents; half a percent is added to each.
 const ROUNDING_RATIO: f64 = 0.005;
-/// Of the samples of short lives that were recorded while an agent ran, at least this part is credited; fewer than `JUDGED_FROM` are not
-/// judged. The rest is of times in which a fault kept the agent from observing.
-const CREDITED_LEAST: f64 = 0.8;
-const JUDGED_FROM: u64 = 1000;
+/// Of the samples of short lives that were recorded while an agent ran, at least this part is credited, without the time that the agent
+/// states not to know the user of; fewer than `JUDGED_FROM` are not judged.
+const CREDITED_LEAST: f64 = 0.85;
+const JUDGED_FROM: u64 = 300;
 /// The longer of the two grids.
 const PERIOD_US: u64 = 167_139;
 const PERIOD_SECONDS: f64 = 0.167_139;
@@ -114,6 +114,14 @@ fn unknown_seconds(page: &[Sample], uuid: &str) -> f64 {
     all - host + state_seconds(page, uuid, "unobserved")
 }
 
+/// The part of the time of all GPUs of which the lives state not to know the user.
+pub fn unknown_ratio(uuids: &[String], lives: &[JudgedLife<'_>]) -> f64 {
+    let of_life = |life: &JudgedLife<'_>| uuids.iter().map(|uuid| unknown_seconds(life.page, uuid)).sum::<f64>();
+    let seconds = |life: &JudgedLife<'_>| life.to_us.saturating_sub(life.from_us) as f64 / 1e6 * uuids.len() as f64;
+    let (unknown, all): (f64, f64) = (lives.iter().map(of_life).sum(), lives.iter().map(seconds).sum());
+    if all > 0.0 { (unknown / all).min(1.0) } else { 0.0 }
+}
+
 /// `second`: seconds of the run to the simulator's clock.
 pub fn steady(
     world: &SoakWorld,
@@ -172,10 +180,11 @@ pub struct OwnerVerdict {
 }
 
 impl OwnerVerdict {
-    /// What is wrong with the credit of short lives.
-    fn short_problem(&self) -> Option<Problem> {
+    /// What is wrong with the credit of short lives. `unknown`: the part of the time of the GPUs of which the agent states not to know
+    /// the user.
+    pub fn short_problem(&self, unknown: f64) -> Option<Problem> {
         let (recorded, credited) = self.short;
-        let least = recorded as f64 * CREDITED_LEAST;
+        let least = recorded as f64 * CREDITED_LEAST * (1.0 - unknown);
         let text = || format!("{credited} of {recorded} samples are credited, {least:.0} at least are expected");
         (recorded >= JUDGED_FROM && (credited as f64) < least).then(|| Problem::new("credit of short lives", text()))
     }
@@ -226,7 +235,6 @@ pub fn owners(
     for (pair, n) in recorded {
         verdict.pairs.insert(pair.clone(), (n, credited.get(&pair).copied().unwrap_or_default()));
     }
-    problems.extend(verdict.short_problem());
     (verdict, problems)
 }
 
@@ -266,9 +274,10 @@ mod tests {
     #[test]
     fn short_lives_without_credit_are_found() {
         let verdict = |short| OwnerVerdict { short, ..OwnerVerdict::default() };
-        assert_eq!(verdict((2000, 1700)).short_problem(), None);
-        assert_eq!(verdict((10, 0)).short_problem(), None, "too few");
-        assert_eq!(verdict((2000, 1500)).short_problem().unwrap().key, "credit of short lives");
+        assert_eq!(verdict((2000, 1750)).short_problem(0.0), None);
+        assert_eq!(verdict((10, 0)).short_problem(0.0), None, "too few");
+        assert_eq!(verdict((2000, 1400)).short_problem(0.2), None, "a fifth of the time is unknown");
+        assert_eq!(verdict((2000, 1400)).short_problem(0.1).unwrap().key, "credit of short lives");
         let (lives, samples) = ([life("/x/a", 1_000_000), life("/x/b", 5_000_000)], [sample(1_200_000), sample(5_200_000)]);
         let credits = [account("a", 1.0), account("b", 1.0)];
         let (verdict, _) = owners(&lives, &samples, &credits, &["G".into()], &BTreeSet::from(["a".to_owned()]), &|_| true);

@@ -119,7 +119,7 @@ pub fn verb(args: &[String]) -> Result<()> {
 
 fn report(target: &Target, outcome: &FuzzOutcome) {
     let shown = |path: &Path| path.strip_prefix(tools::root()).unwrap_or(path).display().to_string();
-    if !outcome.has_run() {
+    if !outcome.has_run() && !outcome.failed && outcome.found.is_empty() {
         eprintln!("{}: libFuzzer ran no input, or reached no code", target.name);
     }
     for file in &outcome.found {

@@ -93,7 +93,8 @@ impl Apt {
 
     /// The kernel release that `wanted` selects.
     pub fn kernel(&self, wanted: &str) -> Result<String> {
-        let names = self.names(&format!("{IMAGE}{}", wanted.strip_prefix(IMAGE).unwrap_or(wanted)))?;
+        let begin = if wanted == NEWEST { "" } else { wanted.strip_prefix(IMAGE).unwrap_or(wanted) };
+        let names = self.names(&format!("{IMAGE}{begin}"))?;
         let releases = names.iter().filter_map(|name| name.strip_prefix(IMAGE));
         choose(wanted, releases).map(str::to_owned).ok_or_else(|| self.unknown(wanted))
     }

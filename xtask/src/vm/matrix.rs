@@ -200,12 +200,17 @@ fn keep(
     let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
     let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
     let machine = ChosenMachine { release, layout };
-    let known = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
     let now = sizes.clone().unwrap_or_default();
-    let mut problems = known.map_or_else(Vec::new, |known| changes(machine, known, &verified, &now));
+    let mut problems = Vec::new();
     if check {
+        let known = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
         match known {
-            Some(known) => problems.extend(without_line(machine, known, &verified, &now)),
+            Some(known) => {
+                problems.extend(changes(machine, known, &verified, &now));
+                problems.extend(without_line(machine, known, &verified, &now));
+            }
+            // Some machines load no program.
+            None if sizes.is_none() => {}
             None => problems.push(format!("{VERIFIER} has no machine like {release}, {layout} to compare with")),
         }
         let known = machine.like(cells.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
@@ -214,6 +219,9 @@ fn keep(
             None => problems.push(format!("{CELLS} has no machine like {release}, {layout} to compare with")),
         }
         return Ok(problems);
+    }
+    if sizes.is_some() {
+        problems.extend(changes(machine, release, &verified, &now));
     }
     if !problems.is_empty() {
         problems.push(format!("to accept this, remove the lines of {release}, {layout} from {VERIFIER} and repeat"));

@@ -109,7 +109,7 @@ impl Bursts<'_> {
     /// The guard has ended: the suspect is thawed at once.
     fn without_guard(&mut self) -> anyhow::Error {
         match self.guard.kill() {
-            Ok(()) => anyhow!("the guard has ended, so the suspect was thawed"),
+            Ok(()) => anyhow!("the guard has ended; the suspect is thawed, unless another program has frozen it"),
             Err(error) => error.context("the guard has ended"),
         }
     }

@@ -36,7 +36,7 @@ use crate::cli::output::{json, print};
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 use crate::config::{Config, Settings};
 use crate::error::{display_chain, report_line};
-use crate::export::experiments::ThawSupport;
+use crate::export::experiments::{FolderId, ThawSupport};
 use crate::export::sessions::{SessionBody, WaitProbesBody};
 use crate::freeze::{ExperimentLock, GuardHandle, RuntimeDir, recover};
 use crate::observe::clock::boot_now;
@@ -211,9 +211,11 @@ impl ExperimentArgs {
         let ran = trial.run(&suspect, victim, &design).await;
         // Whatever happened, the session ends; it stays on the agent if it cannot be fetched.
         let stopped = call(&client, Method::POST, &format!("{session}/stop"), Vec::new()).await;
-        match ran.with_context(|| format!("the experiment ended early; {} runs again", suspect.name))? {
+        match ran.with_context(|| format!("the experiment ended early, and {} is not frozen by it", suspect.name))? {
             BurstsOutcome::Complete => {}
-            BurstsOutcome::Interrupted => bail!("interrupted; {} runs again, and the session remains on the agent", suspect.name),
+            BurstsOutcome::Interrupted => {
+                bail!("interrupted; {} is not frozen by it any more, and the session remains on the agent", suspect.name)
+            }
         }
         stopped.context("cannot stop the session")?;
         let report = self.report(&client, &session).await?;
@@ -320,9 +322,9 @@ fn read_report(file: &Path) -> anyhow::Result<Report> {
 
 /// Why the agent would not thaw the suspect if this command and its guard were killed; `None` if it would.
 fn thaw_problem(agent: &ThawSupport, runtime_dir: &Path) -> Option<String> {
-    let reason = if agent.runtime_dir != runtime_dir {
+    let reason = if agent.folder != FolderId::of(runtime_dir) {
         let (agents, own) = (agent.runtime_dir.display(), runtime_dir.display());
-        format!("its runtime_dir is {agents}, and that of this command is {own}")
+        format!("its runtime_dir, {agents}, is another folder than that of this command, {own}")
     } else {
         agent.cannot_thaw.clone()?
     };
@@ -361,13 +363,17 @@ mod tests {
 
     #[test]
     fn an_agent_that_would_not_thaw_is_named() {
-        let problem = |agents: &str, cannot_thaw: Option<&str>| {
-            let agent = ThawSupport { runtime_dir: agents.into(), cannot_thaw: cannot_thaw.map(str::to_owned) };
-            thaw_problem(&agent, Path::new("/run/a")).unwrap_or_default()
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let problem = |folder: &Path, cannot_thaw: Option<&str>| {
+            let (runtime_dir, folder) = (own.path().to_owned(), FolderId::of(folder));
+            let agent = ThawSupport { runtime_dir, folder, cannot_thaw: cannot_thaw.map(str::to_owned) };
+            thaw_problem(&agent, own.path()).unwrap_or_default()
         };
-        assert_eq!(problem("/run/a", None), "");
-        assert!(problem("/run/b", None).ends_with("its runtime_dir is /run/b, and that of this command is /run/a"));
-        assert!(problem("/run/a", Some("cannot write x")).ends_with("will not thaw the suspect: cannot write x"));
+        assert_eq!(problem(own.path(), None), "");
+        // The same path, as an agent in a container has it.
+        assert!(problem(other.path(), None).contains("is another folder than that of this command"));
+        assert!(problem(Path::new("/no/such"), None).contains("is another folder"));
+        assert!(problem(own.path(), Some("cannot write x")).ends_with("will not thaw the suspect: cannot write x"));
     }
 
     #[test]

@@ -86,6 +86,13 @@ fn v1_controller(mounts: &MountInfos, controllers: &str, name: &str) -> Option<(
     (hierarchy != 0).then(|| (hierarchy, mount.mount_point.clone()))
 }
 
+/// The roots of all mounted hierarchies.
+pub fn roots(procfs_root: &Path) -> Vec<PathBuf> {
+    let mounts = mount_table(procfs_root).map_or_else(Vec::new, |mounts| mounts.0);
+    let is_root = |mount: &MountInfo| ["cgroup", "cgroup2"].contains(&&*mount.fs_type) && shows_all(mount);
+    mounts.into_iter().filter(is_root).map(|mount| mount.mount_point).collect()
+}
+
 /// Hierarchy id and mount point of the v1 freezer, which need not be a followed hierarchy.
 pub fn v1_freezer(procfs_root: &Path) -> Option<(u32, PathBuf)> {
     let controllers = fs::read_to_string(procfs_root.join("cgroups")).unwrap_or_default();

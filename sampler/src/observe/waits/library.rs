@@ -85,11 +85,15 @@ pub enum LibraryError {
     #[error("cannot read what process {pid} maps")]
     Maps { pid: u32, source: io::Error },
     #[error(
-        "the library of process {pid} was not read within {seconds} s: its file system, or that of another process, hangs or is slow"
+        "the library of process {pid} was not read within {seconds} s, since its file system hangs or is slow; it is not tried again"
     )]
     Late { pid: u32, seconds: u64 },
+    #[error("{0} reads of libraries hang, of other processes; no other library is read until one returns")]
+    Hanging(usize),
     #[error("cannot start the thread that reads libraries")]
     Thread(#[source] io::Error),
+    #[error("the thread that reads libraries has ended while it read that of process {pid}")]
+    ThreadEnded { pid: u32 },
 }
 
 /// Identifies a file as long as it does not change.

@@ -31,7 +31,7 @@ use sampler_core::pipeline::GpuProcess;
 use sampler_core::units::{BootNs, Tgid};
 
 use self::library::{Libraries, Library, LibraryError};
-use self::patient::Patient;
+use self::patient::{Patient, Unanswered};
 use self::process::ProbedProcess;
 use self::programs::{MAX_PROCESSES, ProbeError, Probes};
 use crate::error::display_chain;
@@ -47,6 +47,10 @@ const MAX_OF_USER: usize = 256;
 const EVERY: Duration = Duration::from_secs(1);
 /// For reading the library of one process; it takes some milliseconds.
 const LIBRARY_PATIENCE: Duration = Duration::from_secs(1);
+/// Threads that may be in reads of libraries that hang.
+const MAX_HANGING: usize = 4;
+
+type LibraryReader = Patient<u32, Result<Library, LibraryError>>;
 /// How often new clients are reported: before samples of their time are divided, which wait for the fourth named sample after them.
 const CLIENTS_EVERY: Duration = Duration::from_millis(200);
 /// Without a request; one ends the pause.
@@ -142,7 +146,11 @@ struct Worker {
     context: WaitContext,
     probes: Option<Probes>,
     /// Reads the library of a process.
-    libraries: Option<Patient<u32, Result<Library, LibraryError>>>,
+    reader: Option<LibraryReader>,
+    /// Held by each thread that reads libraries, also by those that are in a read that hangs.
+    readers: Arc<()>,
+    /// A read of its library hangs.
+    hanging: HashSet<ProcessId>,
     probed: HashMap<ProcessId, ProbedProcess>,
     /// Those over the budget stay until they end.
     unprobed: HashMap<ProcessId, Unprobed>,
@@ -178,7 +186,9 @@ pub fn start(context: WaitContext) -> std::io::Result<WaitsThread> {
         let mut worker = Worker {
             context,
             probes: None,
-            libraries: None,
+            reader: None,
+            readers: Arc::new(()),
+            hanging: HashSet::new(),
             probed: HashMap::new(),
             unprobed: HashMap::new(),
             generation: 0,
@@ -219,7 +229,7 @@ fn has_seccomp(procfs: &Path, pid: u32) -> bool {
         let status = match thread.and_then(|thread| std::fs::read(thread.path().join("status"))) {
             Ok(status) => status,
             // The thread has ended.
-            Err(error) => return error.kind() != std::io::ErrorKind::NotFound,
+            Err(error) => return ![Some(libc::ENOENT), Some(libc::ESRCH)].contains(&error.raw_os_error()),
         };
         let mode = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Seccomp:"));
         mode.is_some_and(|mode| mode.trim_ascii() == b"2")
@@ -392,7 +402,7 @@ impl Worker {
         self.read();
         self.end_except(&[]);
         (self.probes, self.load_failure) = (None, None);
-        self.libraries = None;
+        self.reader = None;
         self.context.health.report(Condition::WaitProbes, &[], |_, first| first.to_owned());
     }
 
@@ -411,7 +421,8 @@ impl Worker {
             Err(refusal) => {
                 let known = self.unprobed.entry(id).or_insert(Unprobed { reported: None, since: now, again: None });
                 let is_young = now.saturating_duration_since(known.since) < YOUNG;
-                known.again = Some(now + if is_young { EXAMINE_SOON } else { EXAMINE_LATER });
+                let again = now + if is_young { EXAMINE_SOON } else { EXAMINE_LATER };
+                known.again = (!self.hanging.remove(&id)).then_some(again);
                 // A process that is starting has no library yet.
                 let is_starting = refusal.0 == WaitProbeState::NoLibrary && known.since == now;
                 if is_starting || known.reported.as_ref().is_some_and(|(state, _)| *state == refusal.0) {
@@ -424,18 +435,37 @@ impl Worker {
         self.probe_change((process.tgid, process.start), state, detail);
     }
 
-    /// The library of a process. Its file may be on a file system that hangs, which must not keep others from losing their probes.
-    fn library(&mut self, pid: u32) -> Result<Library, LibraryError> {
-        let libraries = match &mut self.libraries {
-            Some(libraries) => libraries,
-            none => {
-                let (procfs, mut libraries) = (self.context.procfs.clone(), Libraries::default());
-                let read = move |pid| libraries.of_process(&procfs, pid);
-                none.insert(Patient::new("wait-libraries", read).map_err(LibraryError::Thread)?)
-            }
+    /// The library of a process. Its file may be on a file system that hangs: a read that does is left to its thread.
+    fn library(&mut self, process: &GpuProcess) -> Result<Library, LibraryError> {
+        let pid = process.tgid.0;
+        let reader = match self.reader.take() {
+            Some(reader) => reader,
+            None => self.start_reader()?,
         };
-        let late = || LibraryError::Late { pid, seconds: LIBRARY_PATIENCE.as_secs() };
-        libraries.ask(pid, LIBRARY_PATIENCE).ok_or_else(late)?
+        match reader.ask(pid, LIBRARY_PATIENCE) {
+            Ok((library, reader)) => {
+                self.reader = Some(reader);
+                library
+            }
+            Err(Unanswered::Late) => {
+                self.hanging.insert(id_of(process));
+                Err(LibraryError::Late { pid, seconds: LIBRARY_PATIENCE.as_secs() })
+            }
+            Err(Unanswered::Ended) => Err(LibraryError::ThreadEnded { pid }),
+        }
+    }
+
+    fn start_reader(&self) -> Result<LibraryReader, LibraryError> {
+        let hanging = Arc::strong_count(&self.readers) - 1;
+        if hanging >= MAX_HANGING {
+            return Err(LibraryError::Hanging(hanging));
+        }
+        let (procfs, mut libraries, lives) = (self.context.procfs.clone(), Libraries::default(), Arc::clone(&self.readers));
+        let read = move |pid| {
+            let _lives = &lives;
+            libraries.of_process(&procfs, pid)
+        };
+        Patient::new("wait-libraries", read).map_err(LibraryError::Thread)
     }
 
     fn attach(&mut self, process: &GpuProcess) -> Result<String, (WaitProbeState, String)> {
@@ -449,13 +479,13 @@ impl Worker {
             return Err((WaitProbeState::Refused, problem));
         }
         let pid = process.tgid.0;
-        let library = self.library(pid).map_err(|error| match &error {
+        let library = self.library(process).map_err(|error| match &error {
             LibraryError::Absent | LibraryError::Maps { .. } => (WaitProbeState::NoLibrary, display_chain(&error)),
             LibraryError::NoSymbols { .. } => (WaitProbeState::NoSymbols, display_chain(&error)),
             _ => refused(&error),
         })?;
         let Some(probes) = &mut self.probes else { return Err((WaitProbeState::Refused, String::new())) };
-        let attached = probes.attach(pid, &library, has_seccomp(&self.context.procfs, pid));
+        let attached = probes.attach(pid, &library, || has_seccomp(&self.context.procfs, pid));
         let attached = attached.map_err(|error: ProbeError| refused(&error))?;
         // What was read by the PID may be of a later process with the same one.
         if !is_same_process(&self.context.procfs, process) {

@@ -2,15 +2,21 @@
 //! respond.
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 /// Runs one request at a time. When this is dropped, its thread ends after the request that it may be in.
 pub struct Patient<Q, A> {
     requests: Sender<Q>,
     answers: Receiver<A>,
-    /// The answer to an earlier request has not arrived.
-    is_late: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unanswered {
+    /// Not in time. The thread is still in the request: its next answer would be that of this one.
+    Late,
+    /// The thread has ended.
+    Ended,
 }
 
 impl<Q: Send + 'static, A: Send + 'static> Patient<Q, A> {
@@ -25,48 +31,56 @@ impl<Q: Send + 'static, A: Send + 'static> Patient<Q, A> {
             }
         };
         std::thread::Builder::new().name(thread.into()).spawn(run)?;
-        Ok(Self { requests, answers, is_late: false })
+        Ok(Self { requests, answers })
     }
 
-    /// `None` if there is no answer within this time, or if that of an earlier request has not arrived: it is dropped when it does.
-    pub fn ask(&mut self, request: Q, patience: Duration) -> Option<A> {
-        if self.is_late {
-            self.is_late = self.answers.try_recv().is_err();
+    /// The answer, or this again; without an answer it is dropped.
+    pub fn ask(self, request: Q, patience: Duration) -> Result<(A, Self), Unanswered> {
+        self.requests.send(request).map_err(|_| Unanswered::Ended)?;
+        match self.answers.recv_timeout(patience) {
+            Ok(answer) => Ok((answer, self)),
+            Err(RecvTimeoutError::Timeout) => Err(Unanswered::Late),
+            Err(RecvTimeoutError::Disconnected) => Err(Unanswered::Ended),
         }
-        if self.is_late || self.requests.send(request).is_err() {
-            return None;
-        }
-        let answer = self.answers.recv_timeout(patience).ok();
-        self.is_late = answer.is_none();
-        answer
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
+    const LATE: Duration = Duration::from_secs(30);
+
     #[test]
-    fn a_request_that_hangs_delays_no_later_one_and_its_answer_is_dropped() {
+    fn a_request_that_hangs_is_left_to_its_thread_which_ends_after_it() {
         let (release, wait) = channel::<()>();
+        let living = Arc::new(());
+        let lives = Arc::clone(&living);
         let answer = move |n: u32| {
+            let _lives = &lives;
             if n == 0 {
                 let _released = wait.recv();
             }
             n
         };
-        let mut patient = Patient::new("patient", answer).unwrap();
-        let (soon, late) = (Duration::from_millis(20), Duration::from_secs(30));
-        assert_eq!(patient.ask(1, late), Some(1));
-        assert_eq!((patient.ask(0, soon), patient.ask(2, late)), (None, None));
+        let patient = Patient::new("patient", answer).unwrap();
+        let (answer, patient) = patient.ask(1, LATE).unwrap();
+        assert_eq!(answer, 1);
+        assert_eq!(patient.ask(0, Duration::from_millis(20)).err(), Some(Unanswered::Late));
+        assert_eq!(Arc::strong_count(&living), 2);
         release.send(()).unwrap();
-        let until = std::time::Instant::now() + late;
-        let answer = loop {
-            match patient.ask(3, late) {
-                None if std::time::Instant::now() < until => std::thread::sleep(soon),
-                answer => break answer,
-            }
-        };
-        assert_eq!(answer, Some(3));
+        let until = std::time::Instant::now() + LATE;
+        while Arc::strong_count(&living) > 1 {
+            assert!(std::time::Instant::now() < until, "the thread does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_thread_that_ended_is_not_a_late_answer() {
+        let patient = Patient::new("patient", |_: u32| -> u32 { panic!("expected by this test") }).unwrap();
+        assert_eq!(patient.ask(1, LATE).err(), Some(Unanswered::Ended));
     }
 }

@@ -64,7 +64,7 @@ pub enum ProbeError {
     Seccomp { pid: u32, release: String },
     #[error(
         "probes for process {pid} would be in all processes of its library, of which this kernel ({release}) would end those with a \
-         seccomp filter; use Linux 6.14 or newer, or select at most {MOST_OWN_LINKS} processes of a library"
+         seccomp filter; use Linux 6.14 or newer"
     )]
     Shared { pid: u32, release: String },
 }
@@ -167,9 +167,20 @@ impl Probes {
     }
 
     /// Starts counting for a process, and attaches to its library if that is not done.
-    pub fn attach(&mut self, pid: u32, library: &Library, has_seccomp: bool) -> Result<Arc<AttachedProbes>, ProbeError> {
-        if has_seccomp && returns_end_confined(&self.release) {
-            return Err(ProbeError::Seccomp { pid, release: self.release.clone() });
+    pub fn attach(
+        &mut self,
+        pid: u32,
+        library: &Library,
+        has_seccomp: impl FnOnce() -> bool,
+    ) -> Result<Arc<AttachedProbes>, ProbeError> {
+        if returns_end_confined(&self.release) {
+            let release = self.release.clone();
+            if has_seccomp() {
+                return Err(ProbeError::Seccomp { pid, release });
+            }
+            if self.shares_links(library.key) {
+                return Err(ProbeError::Shared { pid, release });
+            }
         }
         self.attach_first(library)?;
         self.waits.insert(pid, WaitSums::ZERO, 0)?;
@@ -184,9 +195,6 @@ impl Probes {
         let is_shared = self.shares_links(library.key);
         if is_shared && let Some(attached) = self.shared.get(&library.key).and_then(Weak::upgrade) {
             return Ok(attached);
-        }
-        if is_shared && returns_end_confined(&self.release) {
-            return Err(ProbeError::Shared { pid, release: self.release.clone() });
         }
         let path = library.stable_path();
         let offsets = &library.calls.blocking;
