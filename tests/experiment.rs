@@ -510,7 +510,9 @@ fn an_experiment_in_a_cgroup_that_is_killed_ends_thawed() -> Result<()> {
     let of_guard = |file: &str| fs::read_to_string(format!("/proc/{guard}/{file}"));
     let (cgroups, spared) = (of_guard("cgroup")?, of_guard("oom_score_adj")?);
     let is_root = |line: &str| line.ends_with(":/");
-    ensure!(cgroups.lines().all(is_root) && spared.trim() == "-1000", "the guard is in {cgroups:?}, {spared}");
+    // Without CAP_SYS_RESOURCE the kernel refuses it, and the guard says so.
+    let is_spared = spared.trim() == "-1000" || scene.errors().contains("may end the guard when memory is short");
+    ensure!(cgroups.lines().all(is_root) && is_spared, "the guard is in {cgroups:?}, {spared}: {}", scene.errors());
     fs::write(cgroup.join("cgroup.kill"), "1")?;
     scene.check_thawed("the cgroup of the command was killed")?;
     ensure!(!scene.errors().contains("will not thaw"), "the agent could have thawed it, too: {}", scene.errors());
