@@ -49,8 +49,6 @@ const EVERY: Duration = Duration::from_secs(1);
 const LIBRARY_PATIENCE: Duration = Duration::from_secs(1);
 /// Threads that may be in reads of libraries that hang.
 const MAX_HANGING: usize = 4;
-
-type LibraryReader = Patient<u32, Result<Library, LibraryError>>;
 /// How often new clients are reported: before samples of their time are divided, which wait for the fourth named sample after them.
 const CLIENTS_EVERY: Duration = Duration::from_millis(200);
 /// Without a request; one ends the pause.
@@ -141,6 +139,8 @@ struct LoadFailure {
     again: Instant,
     problem: String,
 }
+
+type LibraryReader = Patient<u32, Result<Library, LibraryError>>;
 
 struct Worker {
     context: WaitContext,
