@@ -130,6 +130,8 @@ impl FaultKind {
             FaultKind::ClockStep | FaultKind::XidBurst | FaultKind::Kill => (0.5, 1.0),
             FaultKind::Storm | FaultKind::DiskFull => (2.0, 3.0),
             FaultKind::GpuSlow | FaultKind::MemoryLimit => (5.0, 10.0),
+            // A call is reported after 2 s, which a scrape has to see.
+            FaultKind::GpuStall | FaultKind::DriverStall => (5.0, 8.0),
             _ => (3.0, 8.0),
         }
     }

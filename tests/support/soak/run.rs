@@ -29,6 +29,8 @@ const LAST_FAULT: Duration = Duration::from_secs(30);
 const NEWEST_SECONDS: f64 = 2.0;
 const TICK: Duration = Duration::from_millis(100);
 const WATCH_EVERY: f64 = 1.0;
+/// What the agent logs of a GPU that the driver no longer lists.
+const GONE: &str = "GPU gone";
 
 /// One fault and what followed.
 #[derive(Debug)]
@@ -155,8 +157,8 @@ impl<'w> SoakRun<'w> {
         if converged.is_some() {
             self.board.settle(plan.reach);
         }
-        if let (Some(uuid), Some(account)) = (absent, lock(&self.board.state).accounts.last_mut()) {
-            account.forget_origin(&uuid);
+        if let (Some(uuid), Some(account)) = (&absent, lock(&self.board.state).accounts.last_mut()) {
+            account.forget_origin(uuid);
         }
         let log = self.subject.log();
         let skipped = if life == self.subject.lives.len() { logged } else { 0 };
@@ -165,11 +167,14 @@ impl<'w> SoakRun<'w> {
         let (first_line, log_lines) = (first_line.map(|line| (*line).to_owned()).unwrap_or_default(), new.len());
         let mut conditions = lock(&self.board.state).conditions.clone();
         conditions.retain(|condition| !self.baseline.contains(condition));
-        // Those of GPUs begin with `gpu`, that of the driver is `nvml`.
-        let is_stated = conditions.iter().any(|name| name.starts_with("gpu") || name == "nvml");
+        // Those of GPUs begin with `gpu`, that of the driver is `nvml`. A GPU that the driver no longer lists before a call for it
+        // fails is not a condition, and is logged.
+        let is_gone = |uuid: &String| new.iter().any(|line| line.contains(GONE) && line.contains(uuid.as_str()));
+        let is_stated =
+            conditions.iter().any(|name| name.starts_with("gpu") || name == "nvml") || absent.as_ref().is_some_and(is_gone);
         if plan.kind.is_a_condition() && injected.refused.is_none() && !is_stated {
             let (name, gpu) = (plan.kind.name(), plan.gpu);
-            let problem = Problem::new(format!("{name} without effect"), format!("{name} of GPU {gpu}: no condition was stated"));
+            let problem = Problem::new(format!("{name} without effect"), format!("{name} of GPU {gpu} was not stated"));
             lock(&self.board.state).report(problem);
         }
         let (refused, note) = (injected.refused, injected.note);
