@@ -2,7 +2,9 @@
 # In a machine with systemd as its first process: what `cargo xtask matrix` records of one kernel and one layout of cgroups. Each line of
 # `$RESULTS/cells.tsv` is a check, its result (ok, failed, or absent if the machine lacks what it needs), and a detail.
 #
-#     cargo xtask vm 6.1 --with tests/vm/lib.sh --with tests/vm/matrix.sh --with tests/vm/refuse-raw-tracepoints.py -- sh matrix.sh
+#     cargo build --package verifier-log
+#     cargo xtask vm 6.1 --with tests/vm/lib.sh --with tests/vm/matrix.sh --with tests/vm/refuse-raw-tracepoints.py \
+#         --with target/debug/libverifier_log.so -- sh matrix.sh
 set -eu
 test=matrix
 . ./lib.sh
@@ -87,7 +89,9 @@ waits() {
     elif kernel_is 5.15; then
         expected="perf events" keep=GPU_SAMPLER_KEEP_CAPABILITY=sys_admin
     fi
-    if ! start_agent waits env RUST_LOG=info,gpu_sampler::observe=debug $keep; then
+    # With what the verifier makes of all programs.
+    set -- env "LD_PRELOAD=$PWD/libverifier_log.so" "VERIFIER_LOG=$RESULTS/verifier.tsv" RUST_LOG=info,gpu_sampler::observe=debug
+    if ! start_agent waits "$@" $keep; then
         cell "wait probes" failed "$(tail -n 1 "$log" | cut -c 1-160)"
         stop_agent
         return
@@ -143,7 +147,7 @@ else
     kubelet_pod=
 fi
 
-start_agent plain env RUST_LOG=info,gpu_sampler::observe::kernel=debug || cell agent failed "$(tail -n 1 "$RESULTS/agent-plain.txt" | cut -c 1-160)"
+start_agent plain || cell agent failed "$(tail -n 1 "$RESULTS/agent-plain.txt" | cut -c 1-160)"
 gpu-sampler doctor >"$RESULTS/doctor.txt" 2>&1 || true
 case $(cat /proc/cmdline) in
 *legacy_systemd_cgroup_controller*) layout=v1 ;;

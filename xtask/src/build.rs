@@ -106,6 +106,12 @@ pub fn debug_helper(name: &str) -> Result<PathBuf> {
     Ok(Arch::host()?.target_dir()?.join("debug").join(name))
 }
 
+/// Builds the library that a loader of programs is started with to inspect what the verifier prints. Returns its path.
+pub fn verifier_log() -> Result<PathBuf> {
+    tools::run(&mut tools::cargo(&["build", "--locked", "--package", "verifier-log"])?)?;
+    Ok(Arch::host()?.target_dir()?.join("debug/libverifier_log.so"))
+}
+
 /// Builds the tests of this package, which have one program. Returns its path.
 pub fn tests(package: &str) -> Result<PathBuf> {
     let args =

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use super::apt::NEWEST;
 use super::{VmOptions, usage};
-use crate::build::Profile;
+use crate::build::{self, Profile};
 use crate::package;
 use crate::tools::{self, progress};
 
@@ -71,7 +71,7 @@ fn write_rows<const K: usize, const V: usize>(path: &Path, heading: &str, rows: 
 
 /// Kernel release, layout, check: result, detail.
 type Cells = Rows<3, 2>;
-/// Kernel release, layout, program: verified instructions, bytes. Programs are the same in all layouts, but the verifier does not inspect
+/// Kernel release, layout, program: verified instructions, bytes of the verifier's log. Programs are the same in all layouts, but the verifier does not inspect
 /// what a layout makes unreachable.
 type Verified = Rows<3, 2>;
 
@@ -132,6 +132,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     let vm_dir = tools::target_dir()?.join("vm");
     fs::create_dir_all(&vm_dir).with_context(|| vm_dir.display().to_string())?;
     let mut with: Vec<PathBuf> = FILES.iter().map(|name| root.join("tests/vm").join(name)).collect();
+    with.push(build::verifier_log()?);
     if options.package {
         let (built, _) = super::programs(options.profile)?;
         with.push(package::deb(options.profile, &built.sampler, options.yes)?);
@@ -174,8 +175,8 @@ pub fn verb(args: &[String]) -> Result<()> {
             }
             problems.extend(failed);
             // Without them, the agent was not started, which is a failure in the cells.
-            let log = |name| fs::read_to_string(run.results.join(name)).unwrap_or_default();
-            let sizes = sizes(&format!("{}{}", log("agent-plain.txt"), log("agent-waits.txt")));
+            let file = |name| fs::read_to_string(run.results.join(name)).unwrap_or_default();
+            let sizes = sizes(&file("agent-waits.txt"), &file("verifier.tsv"));
             // Two runs, of different kernels, write the same files.
             let _writing = super::lock(&vm_dir)?;
             problems.extend(keep(&root, &run.release, layout, new, sizes, options.check)?);
@@ -231,7 +232,11 @@ fn keep(
     if let Some(new) = sizes.filter(|_| problems.is_empty()) {
         verified.retain(|[known, of, _], _| known != release || of != layout);
         verified.extend(new.into_iter().map(|([program], row)| ([release.to_owned(), layout.to_owned(), program], row)));
-        write_rows(&verifier_file, "kernel, layout, program, instructions verified, bytes: by cargo xtask matrix", &verified)?;
+        write_rows(
+            &verifier_file,
+            "kernel, layout, program, instructions verified, bytes of the log: by cargo xtask matrix",
+            &verified,
+        )?;
     }
     write_document(&root.join(DOCUMENT), &cells, &verified)?;
     Ok(problems)
@@ -289,31 +294,36 @@ fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
     failed.map(|([check], [_, detail])| format!("{release}, {layout}, {check}: {detail}")).collect()
 }
 
-/// The sizes of programs in the agent's log; `None` if it loaded none.
-fn sizes(log: &str) -> Option<Rows<1, 2>> {
+/// What the verifier made of the programs that the agent's log names; `None` if it loaded none. `by_id`: the lines of `tests/verifier-log`.
+fn sizes(log: &str, by_id: &str) -> Option<Rows<1, 2>> {
+    let by_id: BTreeMap<&str, (&str, &str)> = by_id
+        .lines()
+        .filter_map(|line| line.split_once('\t').and_then(|(id, rest)| Some((id, rest.split_once('\t')?))))
+        .collect();
     let size = |line: &str| {
-        let (program, rest) = line.split_once(": program ")?.1.split_once(": ")?;
-        let (verified, bytes) = rest.split_once(" instructions verified, ")?;
-        Some(([program.to_owned()], [verified.to_owned(), bytes.strip_suffix(" bytes")?.to_owned()]))
+        let (program, id) = line.split_once(": program ")?.1.split_once(" is loaded with id ")?;
+        let (verified, bytes) = by_id.get(id).unwrap_or(&("unknown", "unknown"));
+        Some(([program.to_owned()], [(*verified).to_owned(), (*bytes).to_owned()]))
     };
     let sizes: Rows<1, 2> = log.lines().filter_map(size).collect();
     (!sizes.is_empty()).then_some(sizes)
 }
 
-/// Programs of which this kernel inspected far more or far fewer instructions than before, or that are missing now. Kernels that do not
-/// count instructions are compared by the size of the translated program.
+/// Programs of which this kernel inspected far more or far fewer instructions than before, or printed far more or less about them, or that
+/// are missing now.
 fn changes(machine: ChosenMachine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
     let ChosenMachine { release, layout } = machine;
     let of_machine = before.iter().filter(|([known, of, _], _)| known == like && of == layout);
     let change = |([.., program], row): (&[String; 3], &[String; 2])| {
-        let known = row.iter().map(|field| field.parse::<f64>().ok());
-        let (at, what, known) =
-            known.zip(["instructions", "bytes"]).enumerate().find_map(|(at, (n, what))| Some((at, what, n?)))?;
-        let now = now.get(std::slice::from_ref(program)).and_then(|row| row[at].parse::<f64>().ok());
-        let is_near = |now: f64| now <= MOST_CHANGE * known && known <= MOST_CHANGE * now;
-        let shown = now.map_or("no".to_owned(), |now| now.to_string());
-        let problem = || format!("{release}, {layout}: {shown} {what} of {program}, {known} before");
-        (!now.is_some_and(is_near)).then(problem)
+        let now = now.get(std::slice::from_ref(program));
+        row.iter().zip(["instructions", "bytes of the log"]).enumerate().find_map(|(at, (known, what))| {
+            let known = known.parse::<f64>().ok()?;
+            let now = now.and_then(|row| row[at].parse::<f64>().ok());
+            let is_near = |now: f64| now <= MOST_CHANGE * known && known <= MOST_CHANGE * now;
+            let shown = now.map_or("no".to_owned(), |now| now.to_string());
+            let problem = || format!("{release}, {layout}: {shown} {what} of {program}, {known} before");
+            (!now.is_some_and(is_near)).then(problem)
+        })
     };
     of_machine.filter_map(change).collect()
 }
@@ -356,14 +366,18 @@ fn document(cells: &Cells, verified: &Verified) -> String {
     let layouts = || LAYOUTS.iter().take(CGROUP_LAYOUTS).map(|(layout, _)| *layout);
     let _infallible = write!(
         text,
-        "\n### Instructions that the verifier inspected\n\nOn {}.\n\n| program | {} |\n|---|{}\n",
+        "\n### Instructions that the verifier inspected, and kilobytes of its log\n\nOn {}.\n\n| program | {} |\n|---|{}\n",
         layouts().collect::<Vec<_>>().join(" / "),
         names.join(" | "),
         "---|".repeat(names.len())
     );
     for program in programs {
         let of_layout = |name: &str, layout: &str| {
-            verified.get(&[name.to_owned(), layout.to_owned(), program.to_owned()]).map_or("-", |row| row[0].as_str())
+            let row = verified.get(&[name.to_owned(), layout.to_owned(), program.to_owned()]);
+            row.map_or("-".to_owned(), |[verified, bytes]| match bytes.parse::<f64>() {
+                Ok(bytes) => format!("{verified}, {:.0} kB", bytes / 1000.0),
+                Err(_) => verified.clone(),
+            })
         };
         let cell = |name: &&str| layouts().map(|layout| of_layout(name, layout)).collect::<Vec<_>>().join(" / ");
         let row: Vec<String> = names.iter().map(cell).collect();
@@ -385,12 +399,12 @@ mod tests {
     #[test]
     fn kernels_are_columns_in_their_order() {
         let cells = rows("# heading\n6.12.1\tv2\tdocker\tok\t26.1\n6.1.0\tv2\tdocker\tabsent\tno | engine");
-        let text = document(&cells, &rows("6.1.0\tv2\tfork\t120\t800"));
+        let text = document(&cells, &rows("6.1.0\tv2\tfork\t120\t8600\n6.1.0\tv1\tfork\t9\tunknown"));
         assert!(
             text.contains("### v2\n\n| | 6.1.0 | 6.12.1 |\n|---|---|---|\n| docker | absent: no / engine | ok: 26.1 |\n"),
             "{text}"
         );
-        assert!(text.contains("| program | 6.1.0 |\n|---|---|\n| `fork` | 120 / - / - |\n"), "{text}");
+        assert!(text.contains("| program | 6.1.0 |\n|---|---|\n| `fork` | 120, 9 kB / - / 9 |\n"), "{text}");
     }
 
     #[test]
@@ -414,9 +428,9 @@ mod tests {
     fn a_change_of_more_than_a_fifth_is_a_problem() {
         let before = rows(
             "6.1.0\tv1\tfork\t100\t800\n6.1.0\tv1\texec\t100\t800\n6.1.0\tv1\tattach\t121\t800\n6.1.0\tv1\tgone\t9\t8\n\
-             6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\tunknown\t800\n6.1.0\tv1\twait\tunknown\tunknown",
+             6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\t100\t800\n6.1.0\tv1\twait\tunknown\tunknown",
         );
-        let now = rows("fork\t120\t800\nexec\t121\t800\nattach\t100\t700\nexit\tunknown\t970\nnew\t9\t80");
+        let now = rows("fork\t120\t900\nexec\t121\t800\nattach\t100\t700\nexit\t100\t970\nnew\t9\t80");
         let machine = ChosenMachine { release: "6.1.9", layout: "v1" };
         let problem = |now: &str, program: &str, before: u32| format!("6.1.9, v1: {now} of {program}, {before} before");
         assert_eq!(
@@ -424,7 +438,7 @@ mod tests {
             [
                 problem("100 instructions", "attach", 121),
                 problem("121 instructions", "exec", 100),
-                problem("970 bytes", "exit", 800),
+                problem("970 bytes of the log", "exit", 800),
                 problem("no instructions", "gone", 9)
             ]
         );
@@ -454,11 +468,12 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_from_the_log() {
-        let line = "2026-01-01T00:00:00Z DEBUG gpu_sampler::observe::kernel::load: program sched_process_fork: ";
-        let log = format!("{line}120 instructions verified, 800 bytes\nother: program text\n{line}unknown");
-        assert_eq!(sizes(&log), Some(rows("sched_process_fork\t120\t800")));
-        assert_eq!(sizes("no program"), None);
+    fn sizes_are_those_of_the_programs_in_the_log() {
+        let line = "2026-01-01T00:00:00Z DEBUG gpu_sampler::observe::kernel::load: program ";
+        let log = format!("{line}sched_process_fork is loaded with id 17\nother: program text\n{line}tasks is loaded with id 18");
+        let by_id = "16\t2\t270\n17\t120\t61484\n";
+        assert_eq!(sizes(&log, by_id), Some(rows("sched_process_fork\t120\t61484\ntasks\tunknown\tunknown")));
+        assert_eq!(sizes("no program", by_id), None);
     }
 
     #[test]

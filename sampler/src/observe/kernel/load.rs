@@ -1,7 +1,7 @@
 //! Loads the eBPF program, verifies its offsets and attaches it. Nothing is pinned: however the agent ends, the kernel drops programs
 //! and maps with its file descriptors.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::Path;
 
 use aya::maps::{Array, PerCpuArray, RingBuf};
@@ -131,28 +131,25 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let lost = ebpf.take_map("LOST").ok_or(KernelError::Inconsistent("LOST"))?;
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
     let misses = misses(&ebpf)?;
-    log_sizes(&ebpf);
+    log_loaded(&ebpf, &[]);
     drop(types);
     // The parsed BTF is by far the largest allocation of this process.
     allocator::trim();
     Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost, misses })
 }
 
-/// What the kernel made of each program, for `cargo xtask matrix`. Unknown before Linux 5.16.
-fn log_sizes(ebpf: &Ebpf) {
+/// Logs the kernel's number of each loaded program, and of `others`, for `cargo xtask matrix`.
+pub fn log_loaded(ebpf: &Ebpf, others: &[(&str, BorrowedFd<'_>)]) {
     if !tracing::enabled!(tracing::Level::DEBUG) {
         return;
     }
-    for (name, program) in ebpf.programs() {
-        if let Ok(info) = program.info() {
-            let (verified, bytes) = (info.verified_instruction_count(), info.size_translated());
-            tracing::debug!("program {name}: {} instructions verified, {} bytes", shown(verified), shown(bytes));
-        }
+    // Those that are not loaded have no descriptor.
+    let loaded = ebpf.programs().filter_map(|(name, program)| Some((name, program.fd().ok()?.as_fd())));
+    for (name, fd) in loaded.chain(others.iter().copied()) {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+        let id = info.lines().find_map(|line| line.strip_prefix("prog_id:")).map_or("unknown", str::trim);
+        tracing::debug!("program {name} is loaded with id {id}");
     }
-}
-
-fn shown(number: Option<u32>) -> String {
-    number.map_or("unknown".to_owned(), |number| number.to_string())
 }
 
 fn misses(ebpf: &Ebpf) -> Result<Misses, KernelError> {

@@ -15,7 +15,7 @@ pub mod scan;
 mod tasks;
 pub mod watch;
 
-pub use load::{Program, load};
+pub use load::{Program, load, log_loaded};
 
 #[cfg(ebpf_object)]
 pub(crate) static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sampler-ebpf.o")));

@@ -10,7 +10,7 @@
 //! Nothing is pinned: with the agent's descriptors the kernel removes all probes.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
@@ -25,7 +25,7 @@ use thiserror::Error;
 use super::library::{FileKey, Library};
 use super::multi::{self, MultiLink, MultiProgram};
 use crate::error::display_chain;
-use crate::observe::kernel::OBJECT;
+use crate::observe::kernel::{OBJECT, log_loaded};
 
 /// Processes that are probed at a time.
 pub const MAX_PROCESSES: u32 = 1024;
@@ -146,7 +146,13 @@ impl Probes {
                 Attacher::Perf
             }
         };
-        log_sizes(&ebpf, &attacher);
+        let multi = match &attacher {
+            Attacher::Multi { begin, end, client, .. } => {
+                vec![("wait_begin", begin.as_fd()), ("wait_end", end.as_fd()), ("client_begin", client.as_fd())]
+            }
+            Attacher::Perf => Vec::new(),
+        };
+        log_loaded(&ebpf, &multi);
         let waits = ebpf.take_map("WAITS").ok_or(ProbeError::Inconsistent("WAITS"))?;
         let waiting = ebpf.take_map("WAITING").ok_or(ProbeError::Inconsistent("WAITING"))?;
         let clients = ebpf.take_map("CLIENTS").ok_or(ProbeError::Inconsistent("CLIENTS"))?;
@@ -291,26 +297,6 @@ impl Probes {
             let _absent = self.clients.remove(pid);
         }
         clients
-    }
-}
-
-/// What the kernel made of each program, as that of the others in its log.
-fn log_sizes(ebpf: &Ebpf, attacher: &Attacher) {
-    if !tracing::enabled!(tracing::Level::DEBUG) {
-        return;
-    }
-    // Those that are not loaded have no descriptor.
-    let loaded = ebpf.programs().filter_map(|(name, program)| Some((name, program.fd().ok()?.as_fd())));
-    let multi: Vec<(&str, BorrowedFd<'_>)> = match attacher {
-        Attacher::Multi { begin, end, client, .. } => {
-            vec![("wait_begin", begin.as_fd()), ("wait_end", end.as_fd()), ("client_begin", client.as_fd())]
-        }
-        Attacher::Perf => Vec::new(),
-    };
-    for (name, fd) in loaded.chain(multi) {
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
-        let verified = info.lines().find_map(|line| line.strip_prefix("verified_insns:")).map_or("unknown", str::trim);
-        tracing::debug!("program {name}: {verified} instructions verified, unknown bytes");
     }
 }
 
