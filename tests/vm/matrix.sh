@@ -89,7 +89,7 @@ waits() {
     elif kernel_is 5.15; then
         expected="perf events" keep=GPU_SAMPLER_KEEP_CAPABILITY=sys_admin
     fi
-    # With what the verifier makes of all programs.
+    # Also reads the verifier's log of each program, which delays the probes by seconds on an emulated processor.
     set -- env "LD_PRELOAD=$PWD/libverifier_log.so" "VERIFIER_LOG=$RESULTS/verifier.tsv" RUST_LOG=info,gpu_sampler::observe=debug
     if ! start_agent waits "$@" $keep; then
         cell "wait probes" failed "$(tail -n 1 "$log" | cut -c 1-160)"
@@ -100,7 +100,7 @@ waits() {
     worker=$!
     # Until the driver lists the process, and the agent has read that.
     sleep 10
-    gpu-sampler record --wait-probes=pid=$worker --duration 20s --output waits.gpus >"$RESULTS/record.txt" 2>&1 || true
+    gpu-sampler record --wait-probes=pid=$worker --duration 45s --output waits.gpus >"$RESULTS/record.txt" 2>&1 || true
     kill "$worker" 2>>"$RESULTS/cuda-work.txt" || true
     stop_agent
     if ! waits_of waits.gpus >waits.txt 2>>"$RESULTS/record.txt"; then
@@ -154,6 +154,10 @@ case $(cat /proc/cmdline) in
 *unified_cgroup_hierarchy=0*) layout=hybrid ;;
 *) layout=v2 ;;
 esac
+lockdown=$(sed -n 's/.*lockdown=\([a-z]*\).*/\1/p' /proc/cmdline)
+if [ -n "$lockdown" ] && ! grep -q "\[$lockdown\]" /sys/kernel/security/lockdown; then
+    cell lockdown failed "the kernel is not in lockdown=$lockdown"
+fi
 found=$(sed -n 's/^[a-z]* *cgroups *\([a-z0-9]*\):.*/\1/p' "$RESULTS/doctor.txt" | head -n 1)
 if [ "$(kernel_mode), cgroups $found" = "$mode, cgroups $layout" ]; then
     cell "kernel mode" ok "$mode, cgroups $found"
@@ -238,6 +242,7 @@ for setting in kernel.unprivileged_bpf_disabled=2 kernel.perf_event_paranoid=4 k
     sysctl -q -w $setting 2>/dev/null && [ "$(sysctl -n "${setting%=*}")" = "${setting#*=}" ] || note="$note, without $setting"
 done
 variant "strict sysctls" $mode
+[ -z "$note" ] || cell "strict sysctls" failed "the kernel refused a setting$note"
 note=
 if [ $mode = inotify ]; then
     # Without kernel events, /proc is all there is, and its paths are relative to that namespace.

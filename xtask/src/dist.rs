@@ -22,12 +22,13 @@ const EXTRAS: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0", "
 /// The word for the simulator's tarball instead of the agent's.
 const SIMULATOR: &str = "simulator";
 /// What goes next to the simulator, by name there.
-const OF_SIMULATOR: [(&str, &str); 7] = [
+const OF_SIMULATOR: [(&str, &str); 8] = [
     ("LICENSE-APACHE", "LICENSE-APACHE"),
     ("LICENSE-MIT", "LICENSE-MIT"),
     ("tests/nvml-sim/README.md", "nvml-sim/README.md"),
     ("tests/cuda-sim/README.md", "cuda-sim/README.md"),
     ("tests/gpu-accuracy/README.md", "gpu-accuracy/README.md"),
+    ("tests/gpu-accuracy/Dockerfile", "gpu-accuracy/Dockerfile"),
     ("tests/gpu-accuracy/mappings", "gpu-accuracy/mappings"),
     ("tests/gpu-accuracy/stand-ins", "gpu-accuracy/stand-ins"),
 ];

@@ -1,6 +1,6 @@
 //! `matrix`: runs tests/vm/matrix.sh on several kernels and layouts of cgroups, keeps what it found in tests/vm/matrix.tsv, and writes
-//! docs/support.md from that. What the verifier made of each program is kept in tests/vm/verifier.tsv, and a change of more than a fifth
-//! fails.
+//! docs/support.md from that. Instructions that the verifier inspected of each program, and the size of its log, are kept in
+//! tests/vm/verifier.tsv, and a change of more than a fifth fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -71,8 +71,8 @@ fn write_rows<const K: usize, const V: usize>(path: &Path, heading: &str, rows: 
 
 /// Kernel release, layout, check: result, detail.
 type Cells = Rows<3, 2>;
-/// Kernel release, layout, program: verified instructions, bytes of the verifier's log. Programs are the same in all layouts, but the verifier does not inspect
-/// what a layout makes unreachable.
+/// Kernel release, layout, program: verified instructions, bytes of the verifier's log. Programs are the same in all layouts, but the
+/// verifier does not inspect what a layout makes unreachable.
 type Verified = Rows<3, 2>;
 
 struct MatrixOptions {
@@ -202,14 +202,12 @@ fn keep(
     let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
     let machine = ChosenMachine { release, layout };
     let now = sizes.clone().unwrap_or_default();
-    let mut problems = Vec::new();
+    let like = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
+    // An agent that loads no program where one did is a change of all.
+    let mut problems = like.map(|like| changes(machine, like, &verified, &now)).unwrap_or_default();
     if check {
-        let known = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
-        match known {
-            Some(known) => {
-                problems.extend(changes(machine, known, &verified, &now));
-                problems.extend(without_line(machine, known, &verified, &now));
-            }
+        match like {
+            Some(like) => problems.extend(without_line(machine, like, &verified, &now)),
             // Some machines load no program.
             None if sizes.is_none() => {}
             None => problems.push(format!("{VERIFIER} has no machine like {release}, {layout} to compare with")),
@@ -221,11 +219,8 @@ fn keep(
         }
         return Ok(problems);
     }
-    if sizes.is_some() {
-        problems.extend(changes(machine, release, &verified, &now));
-    }
-    if !problems.is_empty() {
-        problems.push(format!("to accept this, remove the lines of {release}, {layout} from {VERIFIER} and repeat"));
+    if let (Some(like), false) = (like, problems.is_empty()) {
+        problems.push(format!("to accept this, remove the lines of {like}, {layout} from {VERIFIER} and repeat"));
     }
     replace(&mut cells, (release, layout), new);
     write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
@@ -294,7 +289,7 @@ fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
     failed.map(|([check], [_, detail])| format!("{release}, {layout}, {check}: {detail}")).collect()
 }
 
-/// What the verifier made of the programs that the agent's log names; `None` if it loaded none. `by_id`: the lines of `tests/verifier-log`.
+/// Figures of the verifier for the programs that the agent's log names; `None` if it loaded none. `by_id`: the lines of `tests/verifier-log`.
 fn sizes(log: &str, by_id: &str) -> Option<Rows<1, 2>> {
     let by_id: BTreeMap<&str, (&str, &str)> = by_id
         .lines()
