@@ -289,16 +289,13 @@ fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
     failed.map(|([check], [_, detail])| format!("{release}, {layout}, {check}: {detail}")).collect()
 }
 
-/// Figures of the verifier for the programs that the agent's log names; `None` if it loaded none. `by_id`: the lines of `tests/verifier-log`.
+/// Figures of the verifier for the programs that the agent's log names; `None` if it loaded none. `by_id`: what `tests/verifier-log` wrote.
 fn sizes(log: &str, by_id: &str) -> Option<Rows<1, 2>> {
-    let by_id: BTreeMap<&str, (&str, &str)> = by_id
-        .lines()
-        .filter_map(|line| line.split_once('\t').and_then(|(id, rest)| Some((id, rest.split_once('\t')?))))
-        .collect();
+    let by_id: Rows<1, 2> = rows(by_id);
+    let unknown = || ["unknown".to_owned(), "unknown".to_owned()];
     let size = |line: &str| {
         let (program, id) = line.split_once(": program ")?.1.split_once(" is loaded with id ")?;
-        let (verified, bytes) = by_id.get(id).unwrap_or(&("unknown", "unknown"));
-        Some(([program.to_owned()], [(*verified).to_owned(), (*bytes).to_owned()]))
+        Some(([program.to_owned()], by_id.get(&[id.to_owned()]).cloned().unwrap_or_else(unknown)))
     };
     let sizes: Rows<1, 2> = log.lines().filter_map(size).collect();
     (!sizes.is_empty()).then_some(sizes)
@@ -423,9 +420,9 @@ mod tests {
     fn a_change_of_more_than_a_fifth_is_a_problem() {
         let before = rows(
             "6.1.0\tv1\tfork\t100\t800\n6.1.0\tv1\texec\t100\t800\n6.1.0\tv1\tattach\t121\t800\n6.1.0\tv1\tgone\t9\t8\n\
-             6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\t100\t800\n6.1.0\tv1\twait\tunknown\tunknown",
+             6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\tunknown\t800\n6.1.0\tv1\twait\tunknown\tunknown",
         );
-        let now = rows("fork\t120\t900\nexec\t121\t800\nattach\t100\t700\nexit\t100\t970\nnew\t9\t80");
+        let now = rows("fork\t120\t900\nexec\t121\t800\nattach\t100\t700\nexit\tunknown\t970\nnew\t9\t80");
         let machine = ChosenMachine { release: "6.1.9", layout: "v1" };
         let problem = |now: &str, program: &str, before: u32| format!("6.1.9, v1: {now} of {program}, {before} before");
         assert_eq!(
