@@ -53,6 +53,15 @@ engine() {
     fi
 }
 
+# What manages the engine's cgroups: systemd, or cgroupfs, the engine itself.
+driver() {
+    case $1 in
+    docker) docker info --format '{{.CgroupDriver}}' ;;
+    podman-rootless) rootless podman info --format '{{.Host.CgroupManager}}' ;;
+    *) podman info --format '{{.Host.CgroupManager}}' ;;
+    esac 2>>"$RESULTS/engines.txt" || echo unknown
+}
+
 # Whether the container from before the agent's start has GPU time and labels, and one that starts now.
 engine_is_attributed() {
     name=$1 id=$2
@@ -69,10 +78,13 @@ engine_is_attributed() {
     fi
     new=$("$@" run --detach --name "$name-after" --network none busybox:1 /bin/busybox sleep 3600 2>>"$RESULTS/engines.txt")
     load 1 "$("$@" inspect --format '{{.State.Pid}}' "$name-after")"
-    if within 60 is_attributed "$new" "$name-after"; then
-        cell "$name" ok "$("$@" version --format '{{.Client.Version}}' 2>/dev/null || "$@" --version)"
-    else
+    driver=$(driver "$name")
+    if ! within 60 is_attributed "$new" "$name-after"; then
         cell "$name" failed "a container from after the agent's start has no GPU time or labels"
+    elif [ "$name, $layout" = "docker, v2" ] && [ "$driver" != systemd ]; then
+        cell "$name" failed "its cgroup driver is $driver instead of systemd"
+    else
+        cell "$name" ok "$("$@" version --format '{{.Client.Version}}' 2>/dev/null || "$@" --version), cgroups by $driver"
     fi
 }
 
@@ -255,5 +267,8 @@ if [ $mode = inotify ]; then
     stop_agent
 else
     variant "cgroup namespace of its own" $mode unshare --cgroup
+fi
+if [ $mode = raw_tracepoint ] && ! [ -s "$RESULTS/verifier.tsv" ]; then
+    cell "verifier" failed "no figures of the programs were written"
 fi
 ! cut -f 2 "$cells" | grep -qx failed

@@ -50,10 +50,10 @@ cargo xtask VERB
                                    guidance; findings become inputs of `cargo test`
   vm KERNEL [--debug] -- COMMAND ..  run a command in a virtual machine with that Debian kernel, such as 7.3 (root); --debug:
                                    with the programs of the tests
-  matrix [KERNEL..] [--layout L..] [--debug] [--package] [--check]
+  matrix [KERNEL..] [--layout L..] [--debug] [--no-package] [--check]
                                    run the agent on each kernel and layout of cgroups in virtual machines, and write what
-                                   works to docs/support.md (root); --package: also install, upgrade and remove the .deb,
-                                   on layout v2; --check: write nothing
+                                   works to docs/support.md (root); --no-package: without installing, upgrading and
+                                   removing the .deb on layout v2; --check: write nothing
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator with its scorer; --target: for x86_64 or
                                    aarch64, by cross-compilation with the compilers of Debian

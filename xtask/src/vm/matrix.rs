@@ -89,14 +89,8 @@ struct MatrixOptions {
 
 impl MatrixOptions {
     fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self {
-            kernels: Vec::new(),
-            layouts: Vec::new(),
-            profile: Profile::Release,
-            package: false,
-            check: false,
-            yes: false,
-        };
+        let mut options =
+            Self { kernels: Vec::new(), layouts: Vec::new(), profile: Profile::Release, package: true, check: false, yes: false };
         let mut words = args.iter();
         while let Some(word) = words.next() {
             match word.as_str() {
@@ -109,7 +103,7 @@ impl MatrixOptions {
                     options.layouts.push(name.clone());
                 }
                 "--debug" => options.profile = Profile::Debug,
-                "--package" => options.package = true,
+                "--no-package" => options.package = false,
                 "--check" => options.check = true,
                 "--yes" | "-y" => options.yes = true,
                 _ if word.starts_with('-') => return Err(usage(format!("'{word}' is not an option of matrix"))),
@@ -261,14 +255,14 @@ impl ChosenMachine<'_> {
     }
 }
 
-/// Checks that were `ok` on a machine like this one, and are not.
+/// Checks that were `ok` on a machine like this one, and are neither now nor among its failures.
 fn no_longer_ok(machine: ChosenMachine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>) -> Vec<String> {
     let was_ok = before.iter().filter(|([release, layout, check], [result, _])| {
         release == like && layout == machine.layout && result == "ok" && check != PACKAGE_CHECK
     });
     let problem = |([.., check], _): (&[String; 3], &[String; 2])| {
         let (result, detail) = match now.get(std::slice::from_ref(check)) {
-            Some([result, _]) if result == "ok" => return None,
+            Some([result, _]) if result == "ok" || result == "failed" => return None,
             Some([result, detail]) => (result.as_str(), detail.as_str()),
             None => ("missing", ""),
         };
@@ -308,16 +302,18 @@ fn changes(machine: ChosenMachine<'_>, like: &str, before: &Verified, now: &Rows
     let of_machine = before.iter().filter(|([known, of, _], _)| known == like && of == layout);
     let change = |([.., program], row): (&[String; 3], &[String; 2])| {
         let now = now.get(std::slice::from_ref(program));
-        row.iter().zip(["instructions", "bytes of the log"]).enumerate().find_map(|(at, (known, what))| {
+        let figures = row.iter().zip(["instructions", "bytes of the log"]).enumerate();
+        let problems = figures.filter_map(|(at, (known, what))| {
             let known = known.parse::<f64>().ok()?;
             let now = now.and_then(|row| row[at].parse::<f64>().ok());
             let is_near = |now: f64| now <= MOST_CHANGE * known && known <= MOST_CHANGE * now;
             let shown = now.map_or("no".to_owned(), |now| now.to_string());
             let problem = || format!("{release}, {layout}: {shown} {what} of {program}, {known} before");
             (!now.is_some_and(is_near)).then(problem)
-        })
+        });
+        problems.collect::<Vec<_>>()
     };
-    of_machine.filter_map(change).collect()
+    of_machine.flat_map(change).collect()
 }
 
 fn write_document(path: &Path, cells: &Cells, verified: &Verified) -> Result<()> {
@@ -431,11 +427,12 @@ mod tests {
                 problem("100 instructions", "attach", 121),
                 problem("121 instructions", "exec", 100),
                 problem("970 bytes of the log", "exit", 800),
-                problem("no instructions", "gone", 9)
+                problem("no instructions", "gone", 9),
+                problem("no bytes of the log", "gone", 8)
             ]
         );
         assert_eq!(without_line(machine, "6.1.0", &before, &now), ["tests/vm/verifier.tsv has no line of new on 6.1.0, v1"]);
-        assert_eq!(changes(machine, "6.1.0", &before, &Rows::new()).len(), 5, "an agent that logs none");
+        assert_eq!(changes(machine, "6.1.0", &before, &Rows::new()).len(), 9, "an agent that logs none");
     }
 
     #[test]
@@ -456,7 +453,8 @@ mod tests {
             no_longer_ok(machine, "6.1.0", &before, &rows("docker\tabsent\tno engine\npodman\tabsent\t")),
             ["6.1.9, v2, docker: absent now, ok before: no engine", "6.1.9, v2, storms: missing now, ok before: "]
         );
-        assert_eq!(no_longer_ok(machine, "6.1.0", &before, &rows("docker\tok\t\nstorms\tok\t")), [""; 0]);
+        let failures_are_said = rows("docker\tok\t\nstorms\tfailed\tlate");
+        assert_eq!(no_longer_ok(machine, "6.1.0", &before, &failures_are_said), [""; 0]);
     }
 
     #[test]
@@ -471,10 +469,11 @@ mod tests {
     #[test]
     fn kernels_and_layouts_are_selected() {
         let parse = |line: &str| MatrixOptions::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-        let options = parse("6.1 --layout v1 --layout v2 --debug --package --check").unwrap();
-        assert_eq!((options.profile, options.package, options.check), (Profile::Debug, true, true));
+        let options = parse("6.1 --layout v1 --layout v2 --debug --no-package --check").unwrap();
+        assert_eq!((options.profile, options.package, options.check), (Profile::Debug, false, true));
         assert_eq!((options.kernels, options.layouts), (vec!["6.1".to_owned()], vec!["v1".to_owned(), "v2".to_owned()]));
-        assert_eq!(parse("").unwrap().kernels, KERNELS);
+        let all = parse("").unwrap();
+        assert_eq!((all.kernels.as_slice(), all.package), (KERNELS.map(str::to_owned).as_slice(), true));
         for line in ["--layout", "--layout v3", "--no"] {
             assert!(parse(line).is_err_and(|problem| problem.downcast_ref::<tools::Usage>().is_some()), "{line}");
         }
