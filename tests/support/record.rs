@@ -19,6 +19,8 @@ pub struct NamedSample {
     pub uuid: String,
     pub pid: u32,
     pub at_us: u64,
+    /// The same instant by the clock of the GPU, as the driver stamps it.
+    pub stamp_us: u64,
 }
 
 /// One process of `nvml-sim lives`.
@@ -60,7 +62,8 @@ impl Sim {
             let pid = s["pid"]["sm"].as_u64()? as u32;
             let busy = s["util"]["sm"].as_u64()? > 0;
             let uuid = s["uuid"].as_str()?.to_owned();
-            busy.then_some(NamedSample { gpu: s["gpu"].as_u64()? as usize, uuid, pid, at_us: s["time_us"].as_u64()? })
+            let (at_us, stamp_us) = (s["time_us"].as_u64()?, s["gpu_time_us"].as_u64()?);
+            busy.then_some(NamedSample { gpu: s["gpu"].as_u64()? as usize, uuid, pid, at_us, stamp_us })
         };
         Ok(all.as_array().context("an array of samples")?.iter().filter_map(named).collect())
     }
@@ -116,6 +119,28 @@ impl Drop for Lives {
 pub fn owner<'a>(lives: &'a [RecordedLife], sample: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
     let within = |l: &&RecordedLife| l.begin_us <= sample.at_us && l.end_us + period_us + SLICE_US >= sample.at_us;
     lives.iter().filter(|l| l.pid == sample.pid && l.gpu == sample.gpu).filter(within).max_by_key(|l| l.begin_us)
+}
+
+/// The recorded lives by process and GPU.
+pub struct RecordedProcesses {
+    by_process: BTreeMap<(u32, usize), Vec<RecordedLife>>,
+    period_us: u64,
+}
+
+impl RecordedProcesses {
+    /// `period_us`: the longest one of a GPU.
+    pub fn new(lives: &[RecordedLife], period_us: u64) -> Self {
+        let mut by_process: BTreeMap<(u32, usize), Vec<RecordedLife>> = BTreeMap::new();
+        for life in lives {
+            by_process.entry((life.pid, life.gpu)).or_default().push(life.clone());
+        }
+        Self { by_process, period_us }
+    }
+
+    pub fn owner(&self, sample: &NamedSample) -> Option<&RecordedLife> {
+        let of_process = self.by_process.get(&(sample.pid, sample.gpu)).map_or(&[][..], Vec::as_slice);
+        owner(of_process, sample, self.period_us)
+    }
 }
 
 /// The samples to be credited, when each one names one of these processes.

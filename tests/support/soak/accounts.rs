@@ -15,6 +15,8 @@ const AHEAD_SECONDS: f64 = 0.5;
 const HELD_BACK_SECONDS: f64 = 2.0;
 /// Files name it, so its labels are complete soon after that on any machine.
 const BLANK_SECONDS: f64 = 15.0;
+/// Time of a GPU that is credited to containers that are not exposed yet.
+const BEHIND_SECONDS: f64 = 3.0;
 /// Sums of the same terms in another order.
 const ROUNDING_SECONDS: f64 = 1e-6;
 
@@ -82,6 +84,8 @@ pub struct LifeAccount {
     pub last: Option<Arc<TimedPage>>,
     /// The largest difference between busy time and the sum of its users and reasons.
     pub worst_books: f64,
+    /// The most by which the series of users were behind the agent's sum of what is credited.
+    pub worst_behind: f64,
     /// The largest lag of accounted time while nothing disturbed the agent.
     pub worst_lag: f64,
 }
@@ -103,7 +107,7 @@ fn is_counter(name: &str) -> bool {
     ["_total", "_count", "_sum", "_bucket"].iter().any(|end| name.ends_with(end))
 }
 
-fn series(sample: &Sample) -> String {
+fn series_key(sample: &Sample) -> String {
     let mut key = sample.name.clone();
     for (name, value) in &sample.labels {
         key.extend(["|", name, "=", value]);
@@ -133,11 +137,15 @@ impl LifeAccount {
         let mut problems = self.counters(&page.samples);
         self.pages += 1;
         self.last = Some(page.clone());
+        problems.extend(self.owners(page.begun, &page.samples, allowed));
         for uuid in uuids(&page.samples) {
-            problems.extend(self.books(&page.samples, &uuid));
+            // A new series of credits is 0 in the first scrape that has it.
+            if !self.has_new_credits(&page.samples, &uuid) {
+                problems.extend(self.books(&page.samples, &uuid));
+                problems.extend(self.series(&page.samples, &uuid));
+            }
             problems.extend(self.wall_time(page, &uuid, calm(&uuid)));
         }
-        problems.extend(self.owners(page.begun, &page.samples, allowed));
         problems.iter_mut().for_each(|problem| problem.text = format!("at {:.1} s: {}", page.begun, problem.text));
         problems
     }
@@ -146,7 +154,7 @@ impl LifeAccount {
         let mut problems = Vec::new();
         let before = std::mem::take(&mut self.counters);
         for sample in page.iter().filter(|s| is_counter(&s.name)) {
-            let key = series(sample);
+            let key = series_key(sample);
             if !(sample.value.is_finite() && sample.value >= 0.0) {
                 problems.push(Problem::new(format!("value {}", sample.name), format!("{key} is {}", sample.value)));
             }
@@ -165,20 +173,31 @@ impl LifeAccount {
         problems
     }
 
-    /// Busy time is credited to users or has a reason. A new series of credits is 0 in the first scrape that has it.
-    fn books(&mut self, page: &[Sample], uuid: &str) -> Option<Problem> {
+    fn has_new_credits(&mut self, page: &[Sample], uuid: &str) -> bool {
         let of_gpu = |sample: &&Sample| sample.labels.get("uuid").is_some_and(|of| of == uuid);
         let series = page.iter().filter(|s| s.name == "gpu_credited_seconds_total").filter(of_gpu).count();
         let before = self.credited_series.insert(uuid.to_owned(), series);
-        if before.is_some_and(|before| series > before) {
-            return None;
-        }
+        before.is_some_and(|before| series > before)
+    }
+
+    /// Busy time is credited to users or has a reason.
+    fn books(&mut self, page: &[Sample], uuid: &str) -> Option<Problem> {
         let total = |name| sum(page, name, &[("uuid", uuid)]).unwrap_or_default();
         let busy = state_seconds(page, uuid, "busy");
         let off = total("gpu_credited_seconds_total") + total("gpu_unattributed_seconds_total") - busy;
         self.worst_books = self.worst_books.max(off.abs());
         let text = || format!("{uuid}: credited and unattributed seconds differ from {busy} s of busy time by {off}");
         (off.abs() > ROUNDING_SECONDS * (1.0 + busy)).then(|| Problem::new("books", text()))
+    }
+
+    /// The series of users, also those that have ended, sum to what is credited, but for users that are not exposed yet.
+    fn series(&mut self, page: &[Sample], uuid: &str) -> Option<Problem> {
+        let of_agent = sum(page, "gpu_credited_seconds_total", &[("uuid", uuid)]).unwrap_or_default();
+        let of_users = self.credited(uuid);
+        self.worst_behind = self.worst_behind.max(of_agent - of_users);
+        let text = || format!("{uuid}: the series of users sum to {of_users} s, {of_agent} s are credited");
+        let is_within = (-ROUNDING_SECONDS * (1.0 + of_agent)..=BEHIND_SECONDS).contains(&(of_agent - of_users));
+        (!is_within).then(|| Problem::new("series of users", text()))
     }
 
     /// The states of a GPU sum to the time since it was first seen.
@@ -298,6 +317,13 @@ mod tests {
         let mut named = page(4.0, 6.0, 3.0);
         named.samples.extend(parse("container_gpu_samples_total{uuid=\"G\",container_id=\"a\",pod=\"q\"} 1\n"));
         assert_eq!(first(named), ["label a"]);
+        for seconds in [3.1, 3.0 - BEHIND_SECONDS - 0.1] {
+            let mut other = page(10.0, 0.0, 9.0);
+            other
+                .samples
+                .extend(parse(&format!("container_gpu_seconds_total{{uuid=\"G\",container_id=\"a\"}} {}\n", 6.0 + seconds)));
+            assert_eq!(first(other), ["series of users"]);
+        }
         let mut strange = page(4.0, 6.0, 3.0);
         strange.samples.extend(parse("x_total NaN\n"));
         assert_eq!(first(strange), ["value x_total"]);

@@ -19,8 +19,10 @@ use crate::{Running, sum};
 /// Driver calls that fail, by GPU.
 const FAILING_CALLS: [&str; 3] =
     ["nvmlDeviceGetSamples", "nvmlDeviceGetProcessUtilization", "nvmlDeviceGetComputeRunningProcesses_v3"];
-/// Above what the agent uses: less than it allocates in the time of the fault.
-const SPARE_BYTES: u64 = 1024 * 1024;
+/// Above what the agent uses. The kernel charges in steps of half as much.
+const SPARE_BYTES: u64 = 256 * 1024;
+/// An agent that needs no more in this time gets a limit above what it uses then.
+const LIMIT_AGAIN: Duration = Duration::from_millis(500);
 /// A session on a full disk fails with the next frame.
 const FAILS_WITHIN: Duration = Duration::from_secs(15);
 /// Parents of a storm, and the children of each.
@@ -131,20 +133,47 @@ fn kill(run: &mut SoakRun<'_>) -> Result<Injected> {
 }
 
 fn memory_limit(run: &mut SoakRun<'_>, lasts: Duration) -> Result<Injected> {
-    let limit = match &run.subject.memory {
-        Ok(memory) => memory.usage()? + SPARE_BYTES,
-        Err(error) => return Injected::not(format!("{error:#}")),
-    };
-    let set = |run: &SoakRun<'_>, bytes| run.subject.memory.as_ref().map_or(Ok(()), |memory| memory.limit(bytes));
+    if let Err(error) = &run.subject.memory {
+        return Injected::not(format!("{error:#}"));
+    }
     lock(&run.board.state).excuse(true, run.board.now());
     run.may_end = true;
-    let set_and_waited = set(run, Some(limit)).and_then(|()| run.wait(lasts));
-    let lifted = set(run, None);
+    let limited = limit_memory(run, lasts);
+    let lifted = run.subject.memory.as_ref().map_or(Ok(()), |memory| memory.limit(None));
     let ended = run.subject.restart_if_ended(true)? || run.has_ended;
     (run.may_end, run.has_ended) = (false, false);
     lock(&run.board.state).excuse(false, run.board.now());
-    set_and_waited.and(lifted)?;
-    Injected::noted(format!("{limit} bytes; {}", if ended { "killed by it, started again" } else { "survived" }))
+    lifted?;
+    let (limit, times) = limited?;
+    if times == 0 {
+        let text = format!("{limit} bytes were enough");
+        run.board.report(Problem::new("memory-limit without effect", text));
+    }
+    let end = if ended { "killed by it, started again" } else { "survived" };
+    Injected::noted(format!("{limit} bytes, reached {times} times; {end}"))
+}
+
+/// Returns the last limit, and how often memory was wanted beyond one.
+fn limit_memory(run: &mut SoakRun<'_>, lasts: Duration) -> Result<(u64, u64)> {
+    let (until, mut limit, mut before) = (run.board.now() + lasts.as_secs_f64(), 0, None);
+    loop {
+        let times = match &run.subject.memory {
+            Ok(memory) => {
+                let all = memory.limited()?;
+                let times = all - *before.get_or_insert(all);
+                if times == 0 {
+                    limit = memory.usage()? + SPARE_BYTES;
+                    memory.limit(Some(limit))?;
+                }
+                times
+            }
+            Err(_) => 0,
+        };
+        if run.board.now() >= until {
+            return Ok((limit, times));
+        }
+        run.wait(LIMIT_AGAIN)?;
+    }
 }
 
 fn disk_full(run: &mut SoakRun<'_>, lasts: Duration) -> Result<Injected> {

@@ -12,6 +12,8 @@
 pub mod accounts;
 pub mod board;
 pub mod churn;
+pub mod effects;
+pub mod facts;
 pub mod faults;
 pub mod inject;
 pub mod interrupt;
@@ -33,12 +35,14 @@ use anyhow::{Context as _, Result};
 use self::accounts::{LifeAccount, Problem};
 use self::board::{Board, lock};
 use self::churn::Churn;
+use self::facts::SessionVerdict;
 use self::faults::FaultKind;
 use self::options::SoakOptions;
 use self::run::SoakRun;
 use self::scrapers::Scraper;
-use self::verdict::{JudgedLife, OwnerVerdict, SteadyVerdict};
+use self::verdict::{JudgedLife, OwnerVerdict, PERIOD_US, SteadyVerdict};
 use self::world::{SoakWorld, now_us};
+use crate::record::RecordedProcesses;
 
 /// Until everything recorded is served, attributed and exported: the last window of unnamed time closes 10 s after it began.
 const SETTLED: Duration = Duration::from_secs(14);
@@ -79,8 +83,8 @@ pub fn soak(options: &SoakOptions) -> Result<bool> {
         ended.and(churned)
     });
     ended?;
-    let (steady, owners) = judge(&run, begun_us)?;
-    Ok(report::print(&run, &steady, &owners))
+    let verdict = judge(&run, begun_us)?;
+    Ok(report::print(&run, &verdict))
 }
 
 impl SoakRun<'_> {
@@ -100,8 +104,15 @@ fn blank_problem(blank: usize, pairs: usize) -> Option<Problem> {
     (blank > most).then(|| Problem::new("blank labels", text()))
 }
 
+/// What the comparison with the simulator's record gave.
+pub struct SoakVerdict {
+    pub steady: Vec<SteadyVerdict>,
+    pub owners: OwnerVerdict,
+    pub sessions: SessionVerdict,
+}
+
 /// Compares with the simulator's record.
-fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerVerdict)> {
+fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<SoakVerdict> {
     let second = |seconds: f64| begun_us + (seconds * 1e6) as u64;
     let mut state = lock(&run.board.state);
     let mut lives = Vec::new();
@@ -112,15 +123,18 @@ fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerV
     let ran = |at_us: u64| lives.iter().any(|life| (life.from_us + EDGE_US..life.to_us - EDGE_US).contains(&at_us));
     let samples = run.world.sim.samples()?;
     let ids = run.world.steady.iter().map(|user| user.id.clone()).collect();
-    let (verdict, mut problems) = verdict::owners(&lock(run.lives), &samples, &state.accounts, &run.world.uuids, &ids, &ran);
+    let processes = RecordedProcesses::new(&lock(run.lives), PERIOD_US);
+    let (owners, mut problems) = verdict::owners(&processes, &samples, &state.accounts, &run.world.uuids, &ids, &ran);
+    let (sessions, wrong) = facts::judge(&run.sessions.samples, &samples, &processes);
+    problems.extend(wrong);
     let steady = verdict::steady(run.world, &lives, &run.spans, second)?;
     let demands = run.world.steady.iter().filter(|user| user.id != world::HOST).map(|user| user.demand);
-    problems.extend(verdict.short_problem(verdict::unknown_ratio(&run.world.uuids, &lives)));
+    problems.extend(owners.short_problem(verdict::unknown_ratio(&run.world.uuids, &lives)));
     let sum = |of: fn(&LifeAccount) -> usize| state.accounts.iter().map(of).sum::<usize>();
     problems.extend(blank_problem(sum(|account| account.blank.len()), sum(|account| account.credits.len())));
     problems.extend(steady.iter().zip(demands).flat_map(|(user, demand)| user.problems(demand)));
     problems.into_iter().for_each(|problem| state.report(problem));
-    Ok((steady, verdict))
+    Ok(SoakVerdict { steady, owners, sessions })
 }
 
 #[cfg(test)]

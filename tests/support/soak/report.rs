@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::SoakVerdict;
 use super::board::{BoardState, Scrape, lock};
 use super::faults::{INJECTED, NEVER_INJECTED};
 use super::resources::{ANONYMOUS_BYTES, DESCRIPTORS, LOG_LINES, ResourceUse, THREADS, growth, lines_a_minute};
 use super::run::{FaultRecord, SoakRun};
 use super::scrapers::LATENCY_SECONDS;
-use super::verdict::{OwnerVerdict, SteadyVerdict};
 
 const LINE_MOST: usize = 110;
 
@@ -67,7 +67,8 @@ fn scrapes(name: &str, scrapes: &[Scrape]) -> String {
 }
 
 /// The table at the end. Returns whether there is no violation.
-pub fn print(run: &SoakRun<'_>, steady: &[SteadyVerdict], owners: &OwnerVerdict) -> bool {
+pub fn print(run: &SoakRun<'_>, verdict: &SoakVerdict) -> bool {
+    let SoakVerdict { steady, owners, sessions } = verdict;
     let state = lock(&run.board.state);
     println!("\nfigures of {:.0} s, seed {}", run.board.now(), run.options.seed);
     for (name, of_scraper) in &state.scrapes {
@@ -76,10 +77,15 @@ pub fn print(run: &SoakRun<'_>, steady: &[SteadyVerdict], owners: &OwnerVerdict)
     resources(run);
     let worst = |of: fn(&super::accounts::LifeAccount) -> f64| state.accounts.iter().map(of).fold(0.0, f64::max);
     println!("  busy time minus its users and reasons: at most {:.1e} s", worst(|account| account.worst_books));
+    println!("  credited time that no series of a user has yet: at most {:.2} s", worst(|account| account.worst_behind));
     println!("  wall time in no state, outside of faults: at most {:.2} s", worst(|account| account.worst_lag));
     println!(
         "  samples of containers and units: {} recorded, {} while an agent ran, {} credited; {} of host processes",
         owners.recorded, owners.in_lives, owners.credited, owners.host
+    );
+    println!(
+        "  samples in sessions: {} compared one by one, of which {} have a reason instead of a user",
+        sessions.compared, sessions.unattributed
     );
     println!("  sessions: {} checked, {} interrupted by the end of the agent", run.sessions.finished, run.sessions.interrupted);
     let sum = |of: fn(&super::accounts::LifeAccount) -> usize| state.accounts.iter().map(of).sum::<usize>();

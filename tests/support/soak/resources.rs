@@ -136,6 +136,14 @@ impl MemoryCgroup {
         Ok(std::fs::read_to_string(self.dir.join(name))?.trim().parse()?)
     }
 
+    /// How often memory was wanted beyond the limit.
+    pub fn limited(&self) -> Result<u64> {
+        let name = if self.is_v2 { "memory.events" } else { "memory.failcnt" };
+        let text = std::fs::read_to_string(self.dir.join(name)).context(name)?;
+        let line = text.lines().find_map(|line| if self.is_v2 { line.strip_prefix("max ") } else { Some(line) });
+        line.with_context(|| format!("{name} has no count"))?.trim().parse().context(name)
+    }
+
     /// `None`: no limit.
     pub fn limit(&self, bytes: Option<u64>) -> Result<()> {
         let (name, none) = if self.is_v2 { ("memory.max", "max") } else { ("memory.limit_in_bytes", "-1") };

@@ -8,6 +8,7 @@ use anyhow::Result;
 
 use super::accounts::{Credit, CreditKey, LAG_SECONDS, Problem, TimedPage};
 use super::board::{Board, conditions, lock};
+use super::effects::EffectWatch;
 use super::faults::{FaultKind, PlannedFault, Reach, Schedule};
 use super::inject::inject;
 use super::interrupt;
@@ -81,6 +82,8 @@ pub struct SoakRun<'w> {
     /// Whether the agent may be ended by the fault in force, and whether it was.
     pub may_end: bool,
     pub has_ended: bool,
+    /// Of the fault in force.
+    effect: Option<EffectWatch>,
     baseline: BTreeSet<String>,
     watched: f64,
 }
@@ -91,8 +94,23 @@ impl<'w> SoakRun<'w> {
         let (faults, spans, loads) = (Vec::new(), Vec::new(), Vec::new());
         let stepped = world.uuids.last().cloned().unwrap_or_default();
         let (sessions, baseline) = (SessionChecks { stepped, ..SessionChecks::default() }, BTreeSet::new());
-        let (may_end, has_ended, watched) = (false, false, 0.0);
-        Self { options, world, board, subject, lives, faults, spans, loads, sessions, may_end, has_ended, baseline, watched }
+        let (may_end, has_ended, effect, watched) = (false, false, None, 0.0);
+        Self {
+            options,
+            world,
+            board,
+            subject,
+            lives,
+            faults,
+            spans,
+            loads,
+            sessions,
+            may_end,
+            has_ended,
+            effect,
+            baseline,
+            watched,
+        }
     }
 
     /// Waits, and meanwhile watches what the agent uses and whether it lives.
@@ -101,6 +119,9 @@ impl<'w> SoakRun<'w> {
         loop {
             interrupt::pause(TICK.min(until.saturating_duration_since(Instant::now())))?;
             self.has_ended |= self.subject.restart_if_ended(self.may_end)?;
+            if let (Some(page), Some(effect)) = (self.latest(), &mut self.effect) {
+                effect.take(&page.samples, &self.world.uuids);
+            }
             if self.board.now() - self.watched > WATCH_EVERY {
                 self.watched = self.board.now();
                 self.subject.watch()?;
@@ -143,6 +164,7 @@ impl<'w> SoakRun<'w> {
         lock(&self.board.state).conditions.clear();
         self.board.disturb(plan.reach, begun + plan.lasts.as_secs_f64() + CONVERGED_WITHIN.as_secs_f64());
         let (life, logged) = (self.subject.lives.len(), self.subject.log().lines().count());
+        self.effect = self.latest().map(|page| EffectWatch::new(plan, &page.samples, &self.world.uuids));
         let injected = inject(self, plan)?;
         let ended = self.board.now();
         let table = plan.kind == FaultKind::Storm;
@@ -156,6 +178,12 @@ impl<'w> SoakRun<'w> {
         };
         if converged.is_some() {
             self.board.settle(plan.reach);
+        }
+        let effect = self.effect.take().filter(|_| injected.refused.is_none());
+        if let Some(missing) = effect.and_then(|effect| effect.missing()) {
+            let name = plan.kind.name();
+            let problem = Problem::new(format!("{name} without effect"), format!("{name} of GPU {}: {missing}", plan.gpu));
+            self.board.report(problem);
         }
         if let (Some(uuid), Some(account)) = (&absent, lock(&self.board.state).accounts.last_mut()) {
             account.forget_origin(uuid);

@@ -1,5 +1,6 @@
 //! Sessions during the run: one after the other, across faults. Each has to end, and the time in its report has to be whole.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -7,6 +8,7 @@ use serde_json::Value;
 
 use super::accounts::Problem;
 use super::board::Board;
+use super::facts::{SessionSample, samples};
 use crate::{Agent, run_cli};
 
 const LASTS: Duration = Duration::from_secs(10);
@@ -26,6 +28,8 @@ pub struct SessionChecks {
     pub absent: Vec<(String, f64)>,
     /// The GPU with a clock that is set.
     pub stepped: String,
+    /// Each once: a session has the minute before it, too.
+    pub samples: BTreeSet<SessionSample>,
     pub finished: u32,
     /// Of agents that were killed meanwhile.
     pub interrupted: u32,
@@ -59,7 +63,10 @@ impl SessionChecks {
     fn check(&mut self, agent: &Agent, id: &str, begun: f64, board: &Board) -> Result<()> {
         self.finished += 1;
         let file = tempfile::NamedTempFile::new()?;
-        std::fs::write(file.path(), agent.session_file(id, LASTS)?)?;
+        let bytes = agent.session_file(id, LASTS)?;
+        let session = sampler_session::read(&bytes).with_context(|| format!("session {id}"))?;
+        self.samples.extend(samples(&session));
+        std::fs::write(file.path(), bytes)?;
         let path = file.path().to_string_lossy().into_owned();
         let (code, out, err) = run_cli(&["report", &path, "--format", "json"])?;
         ensure!(code == Some(0), "gpu-sampler report of session {id}: {code:?}: {err}");

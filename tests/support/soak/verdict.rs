@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use super::accounts::{Credit, CreditKey, LAG_SECONDS, LifeAccount, Problem, state_seconds};
 use super::run::QuietSpan;
 use super::world::{GPUS, HOST, SoakWorld, SteadyUser};
-use crate::record::{NamedSample, RecordedLife, id_of, owner};
+use crate::record::{NamedSample, RecordedProcesses, id_of};
 use crate::{Sample, Sim, sum};
 
 /// Stated errors by which a sum may differ from the truth: the chance is below 1 in 20,000 also where two stated errors cover 94 %.
@@ -24,7 +24,7 @@ const ROUNDING_RATIO: f64 = 0.005;
 const CREDITED_LEAST: f64 = 0.85;
 const JUDGED_FROM: u64 = 300;
 /// The longer of the two grids.
-const PERIOD_US: u64 = 167_139;
+pub const PERIOD_US: u64 = 167_139;
 const PERIOD_SECONDS: f64 = 0.167_139;
 
 /// Credit and truth of one steady user.
@@ -192,21 +192,16 @@ impl OwnerVerdict {
 
 /// Samples that the lives credited, by container and GPU, may not be more than the simulator recorded for it.
 pub fn owners(
-    lives: &[RecordedLife],
+    processes: &RecordedProcesses,
     samples: &[NamedSample],
     accounts: &[LifeAccount],
     uuids: &[String],
     steady: &BTreeSet<String>,
     ran: &dyn Fn(u64) -> bool,
 ) -> (OwnerVerdict, Vec<Problem>) {
-    let mut by_process: BTreeMap<(u32, usize), Vec<RecordedLife>> = BTreeMap::new();
-    for life in lives {
-        by_process.entry((life.pid, life.gpu)).or_default().push(life.clone());
-    }
     let (mut verdict, mut problems, mut recorded) = (OwnerVerdict::default(), Vec::new(), BTreeMap::<CreditKey, u64>::new());
     for sample in samples {
-        let of_process = by_process.get(&(sample.pid, sample.gpu)).map_or(&[][..], Vec::as_slice);
-        match owner(of_process, sample, PERIOD_US) {
+        match processes.owner(sample) {
             Some(life) if life.cgroup == HOST => verdict.host += 1,
             Some(life) => {
                 verdict.recorded += 1;
@@ -241,13 +236,14 @@ pub fn owners(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::RecordedLife;
 
     fn life(cgroup: &str, begin_us: u64) -> RecordedLife {
         RecordedLife { pid: 7, cgroup: cgroup.into(), gpu: 0, begin_us, end_us: begin_us + 900_000, gone_us: begin_us + 950_000 }
     }
 
     fn sample(at_us: u64) -> NamedSample {
-        NamedSample { gpu: 0, uuid: "G".into(), pid: 7, at_us }
+        NamedSample { gpu: 0, uuid: "G".into(), pid: 7, at_us, stamp_us: at_us }
     }
 
     fn account(id: &str, samples: f64) -> LifeAccount {
@@ -259,7 +255,8 @@ mod tests {
 
     #[test]
     fn more_samples_than_a_container_had_are_found() {
-        let (lives, uuids) = ([life("/x/a", 1_000_000), life("/x/b", 5_000_000)], ["G".to_owned()]);
+        let lives = RecordedProcesses::new(&[life("/x/a", 1_000_000), life("/x/b", 5_000_000)], PERIOD_US);
+        let uuids = ["G".to_owned()];
         let samples = [sample(1_200_000), sample(1_400_000), sample(5_200_000)];
         let judge = |accounts: &[LifeAccount]| {
             let (verdict, problems) = owners(&lives, &samples, accounts, &uuids, &BTreeSet::new(), &|_| true);
@@ -278,7 +275,8 @@ mod tests {
         assert_eq!(verdict((10, 0)).short_problem(0.0), None, "too few");
         assert_eq!(verdict((2000, 1400)).short_problem(0.2), None, "a fifth of the time is unknown");
         assert_eq!(verdict((2000, 1400)).short_problem(0.1).unwrap().key, "credit of short lives");
-        let (lives, samples) = ([life("/x/a", 1_000_000), life("/x/b", 5_000_000)], [sample(1_200_000), sample(5_200_000)]);
+        let lives = RecordedProcesses::new(&[life("/x/a", 1_000_000), life("/x/b", 5_000_000)], PERIOD_US);
+        let samples = [sample(1_200_000), sample(5_200_000)];
         let credits = [account("a", 1.0), account("b", 1.0)];
         let (verdict, _) = owners(&lives, &samples, &credits, &["G".into()], &BTreeSet::from(["a".to_owned()]), &|_| true);
         assert_eq!(verdict.short, (1, 1), "a is steady");
@@ -286,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_sample_without_a_process_is_a_defect_of_the_record() {
-        let (_, problems) = owners(&[], &[sample(1)], &[], &[], &BTreeSet::new(), &|_| true);
+        let (_, problems) = owners(&RecordedProcesses::new(&[], PERIOD_US), &[sample(1)], &[], &[], &BTreeSet::new(), &|_| true);
         assert_eq!(problems[0].key, "record");
     }
 
