@@ -324,11 +324,13 @@ impl Recovery {
         let responses = std::mem::take(&mut self.responses);
         let mut fresh = std::mem::take(&mut self.fresh);
         if fresh.is_empty() {
-            for sample in responses.into_iter().flat_map(split_aggregated::SamplesByPid::into_values) {
+            // The average of a small late sample and idle ones may be below one percent.
+            let is_busy = |sample: &ProcessSample| sample.percent.iter().any(|percent| *percent > 0);
+            for sample in responses.into_iter().flat_map(split_aggregated::SamplesByPid::into_values).filter(is_busy) {
                 self.keep(sample);
             }
         } else {
-            let mut process_samples = split_aggregated::separate(&mut fresh, &responses, &mut self.folding);
+            let mut process_samples = split_aggregated::separate(&mut fresh, &responses, self.grid.near_ns(), &mut self.folding);
             process_samples.sort_by_key(|sample| sample.at);
             for sample in process_samples {
                 self.keep(sample);

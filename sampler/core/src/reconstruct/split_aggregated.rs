@@ -69,9 +69,19 @@ impl Average {
     }
 }
 
+/// Whether the entry is this average, of which the driver cuts the fraction.
+fn fits(average: Average, process: &ProcessSample, known: Known, more: Option<u32>, samples: u32) -> bool {
+    (average.of(known, more, samples) - f64::from(process.percent[COMPUTE])).abs() < 1.0
+}
+
 /// `responses[0]` covers only the newest sample, each further one also the sample before. Marks the samples of which the pid, or its
-/// absence, is known, and returns the tuples.
-pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid], folding: &mut Folding) -> Vec<ProcessSample> {
+/// absence, is known, and returns the tuples. An entry belongs to a sample that is less than `near_ns` away.
+pub fn separate(
+    samples: &mut [DeviceSample],
+    responses: &[SamplesByPid],
+    near_ns: u64,
+    folding: &mut Folding,
+) -> Vec<ProcessSample> {
     let none = SamplesByPid::default();
     let mut out = Vec::new();
     let mut known: HashMap<u32, Known> = HashMap::default();
@@ -81,25 +91,51 @@ pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid], foldin
         let Some(response) = responses.get(n) else { return out };
         let newer = if n == 0 { &none } else { &responses[n - 1] };
         let covered = n as u32 + 1;
-        let mut compute = None;
         let new = || response.values().filter(|process| !newer.contains_key(&process.pid));
+        let of_sample = || new().filter(|process| process.at.0.abs_diff(sample.at.0) < near_ns);
         // The average of one small sample and others may be below one percent.
-        let is_small = sample.busy_percent > 0 && sample.busy_percent < covered && new().count() == 1;
+        let is_small = sample.busy_percent > 0 && sample.busy_percent < covered && of_sample().count() == 1;
+        let names = |process: &&ProcessSample| {
+            process.percent[COMPUTE] > 0 || is_small && process.percent.iter().all(|percent| *percent == 0)
+        };
+        let candidates: Vec<ProcessSample> = of_sample().filter(names).copied().collect();
+        let is_alone = |process: &ProcessSample| {
+            let fits = |average: Average| fits(average, process, Known::default(), Some(sample.busy_percent), covered);
+            folding.possible().any(fits)
+        };
+        // A sample names one process. Others are invalid entries, or the driver has another rule.
+        let only = match candidates.as_slice() {
+            [only] => Some(only.pid),
+            several => {
+                let mut alone = several.iter().filter(|process| is_alone(process));
+                alone.next().filter(|_| alone.next().is_none()).map(|process| process.pid)
+            }
+        };
+        is_complete &= only.is_some() || candidates.is_empty();
+        let mut compute = only;
         for process in new() {
             let mut process = *process;
-            if process.percent[COMPUTE] > 0 || is_small && process.percent.iter().all(|percent| *percent == 0) {
-                compute = Some(process.pid);
+            if only == Some(process.pid) {
                 process.percent[COMPUTE] = sample.busy_percent.min(100) as u8;
             }
             out.push(process);
         }
+        if !candidates.is_empty() && only.is_none() {
+            sample.queried = true;
+            continue;
+        }
         if compute.is_none() && sample.busy_percent > 0 {
-            let old = || response.values().filter(|process| newer.contains_key(&process.pid));
+            // Not those that no newer sample named, though they are entries of it: they are invalid.
+            let is_named = |process: &&ProcessSample| {
+                let newer = newer.get(&process.pid);
+                newer.is_some_and(|newer| !is_complete || newer.percent[COMPUTE] == 0 || known.contains_key(&process.pid))
+            };
+            let old = || response.values().filter(is_named);
             let fits = |average: Average, named: Option<u32>| {
                 old().all(|process| {
                     let more = (named == Some(process.pid)).then_some(sample.busy_percent);
                     let known = known.get(&process.pid).copied().unwrap_or_default();
-                    (average.of(known, more, covered) - f64::from(process.percent[COMPUTE])).abs() < 1.0
+                    fits(average, process, known, more, covered)
                 })
             };
             let mut pids: Vec<u32> = old().map(|process| process.pid).collect();

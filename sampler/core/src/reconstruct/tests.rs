@@ -15,6 +15,8 @@ const COMPUTE: usize = Engine::Compute as usize;
 struct Ring {
     /// Whether an entry is the average over all samples, not over those that name its pid.
     over_all: bool,
+    /// Whether a third of the responses have invalid entries in addition.
+    invalid: bool,
     samples: Vec<(u64, u32, Option<u32>)>,
     taken_us: Vec<u64>,
 }
@@ -24,7 +26,7 @@ impl Ring {
         let taken_us: Vec<u64> = (0..samples.len() as u64).map(|k| 1_000_000 + k * PERIOD_US).collect();
         // The GPU's clock is 12 s ahead.
         let samples = samples.iter().zip(&taken_us).map(|((util, pid), at)| (at + 12_000_000, *util, *pid)).collect();
-        Self { over_all: false, samples, taken_us }
+        Self { over_all: false, invalid: false, samples, taken_us }
     }
 
     fn held(&self, now_us: u64) -> &[(u64, u32, Option<u32>)] {
@@ -51,9 +53,32 @@ impl Ring {
             percent[COMPUTE] = sum / if self.over_all { all } else { n };
             RawProcessSample { at_us, pid, percent }
         };
-        process_samples.into_iter().map(process_sample).collect()
+        let mut entries: Vec<RawProcessSample> = process_samples.into_iter().map(process_sample).collect();
+        if self.invalid && (now_us / 7 + after).is_multiple_of(3) {
+            entries.extend(self.invalid_entries(after, now_us));
+        }
+        entries
+    }
+
+    /// As seen from drivers: two PIDs without a process at the newest stamp, PIDs that are none, a percentage that is none, an entry that is
+    /// older than what was asked for.
+    fn invalid_entries(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
+        let Some((newest, _, pid)) = self.held(now_us).last().copied() else { return Vec::new() };
+        let entry = |at_us: u64, pid: u32, compute: u32| {
+            let mut percent = [0; Engine::COUNT];
+            percent[COMPUTE] = compute;
+            RawProcessSample { at_us, pid, percent }
+        };
+        let pid = pid.unwrap_or(1);
+        let mut entries =
+            vec![entry(newest, 0, 37), entry(newest, u32::MAX, 37), entry(newest, pid, 808_334_905), entry(after, pid, 37)];
+        entries.extend((0..6).map(|n| entry(newest, WITHOUT_A_PROCESS + n % 2, 1 + n % 3)));
+        entries
     }
 }
+
+/// From this PID on there are no processes.
+const WITHOUT_A_PROCESS: u32 = 900;
 
 /// Polls at those times with at most `calls` process queries for each poll.
 fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<DeviceSample>, Vec<ProcessSample>, bool) {
@@ -74,7 +99,11 @@ fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<
     (samples, process_samples, stepped)
 }
 
-/// Checks every tuple against the ring; returns the number of samples that were recovered, and of those that were queried.
+fn is_valid(pid: u32) -> bool {
+    (1..WITHOUT_A_PROCESS).contains(&pid)
+}
+
+/// Checks every tuple of a valid pid against the ring; returns the number of samples that were recovered, and of those that were queried.
 fn check(ring: &Ring, samples: &[DeviceSample], process_samples: &[ProcessSample]) -> Result<(usize, usize), TestCaseError> {
     let truth: HashMap<u64, (u32, Option<u32>)> = ring.samples.iter().map(|(at, util, pid)| (at * 1000, (*util, *pid))).collect();
     let mut seen = HashSet::new();
@@ -85,13 +114,14 @@ fn check(ring: &Ring, samples: &[DeviceSample], process_samples: &[ProcessSample
         prop_assert_eq!(util, sample.busy_percent);
         if sample.queried && sample.at != samples[0].at {
             queried += 1;
-            let named: Vec<u32> = process_samples.iter().filter(|p| p.at == sample.at).map(|p| p.pid).collect();
+            let of_sample = process_samples.iter().filter(|p| p.at == sample.at && is_valid(p.pid));
+            let named: Vec<u32> = of_sample.map(|p| p.pid).collect();
             let expected: Vec<u32> = pid.filter(|_| util > 0).into_iter().collect();
             prop_assert_eq!(named, expected, "at {:?}", sample);
         }
     }
     let mut once = HashSet::new();
-    for process_sample in process_samples {
+    for process_sample in process_samples.iter().filter(|process_sample| is_valid(process_sample.pid)) {
         prop_assert!(process_sample.percent[COMPUTE] > 0, "{:?} is not busy", process_sample);
         prop_assert!(once.insert((process_sample.at, process_sample.pid)), "{:?} twice", process_sample);
         prop_assert_eq!(truth[&process_sample.at.0].1, Some(process_sample.pid), "{:?} names another", process_sample);
@@ -131,6 +161,17 @@ proptest! {
         // All but those from before the first poll.
         prop_assert!(recovered + 10 >= samples.len());
         prop_assert!(calls < 12 || queried * 10 >= (recovered - 1) * 6, "{} of {}", queried, recovered);
+    }
+
+    #[test]
+    fn with_late_polls_and_invalid_entries_no_tuple_is_wrong(
+        samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13, over_all: bool
+    ) {
+        let ring = Ring { over_all, invalid: true, ..Ring::new(&samples) };
+        let mut now = 1_000_001;
+        let polls: Vec<u64> = waits.iter().map(|wait| { now += wait; now }).collect();
+        let (got, process_samples, _) = poll(&ring, polls.into_iter(), calls);
+        check(&ring, &got, &process_samples)?;
     }
 
     #[test]
