@@ -173,7 +173,7 @@ pub fn verb(args: &[String]) -> Result<()> {
             let sizes = sizes(&file("agent-waits.txt"), &file("verifier.tsv"));
             // Two runs, of different kernels, write the same files.
             let _writing = super::lock(&vm_dir)?;
-            problems.extend(keep(&root, &run.release, layout, new, sizes, options.check)?);
+            problems.extend(keep(&root, &run.release, layout, new, sizes, &options)?);
         }
     }
     if problems.is_empty() {
@@ -190,7 +190,7 @@ fn keep(
     layout: &str,
     new: Rows<1, 2>,
     sizes: Option<Rows<1, 2>>,
-    check: bool,
+    options: &MatrixOptions,
 ) -> Result<Vec<String>> {
     let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
     let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
@@ -199,7 +199,8 @@ fn keep(
     let like = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
     // An agent that loads no program where one did is a change of all.
     let mut problems = like.map(|like| changes(machine, like, &verified, &now)).unwrap_or_default();
-    if check {
+    problems.extend(unknown(machine, &now));
+    if options.check {
         match like {
             Some(like) => problems.extend(without_line(machine, like, &verified, &now)),
             // Some machines load no program.
@@ -208,7 +209,7 @@ fn keep(
         }
         let known = machine.like(cells.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
         match known {
-            Some(known) => problems.extend(no_longer_ok(machine, known, &cells, &new)),
+            Some(known) => problems.extend(no_longer_ok(machine, known, &cells, &new, options.package)),
             None => problems.push(format!("{CELLS} has no machine like {release}, {layout} to compare with")),
         }
         return Ok(problems);
@@ -216,7 +217,7 @@ fn keep(
     if let (Some(like), false) = (like, problems.is_empty()) {
         problems.push(format!("to accept this, remove the lines of {like}, {layout} from {VERIFIER} and repeat"));
     }
-    replace(&mut cells, (release, layout), new);
+    replace(&mut cells, (release, layout), new, options.package);
     write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
     if let Some(new) = sizes.filter(|_| problems.is_empty()) {
         verified.retain(|[known, of, _], _| known != release || of != layout);
@@ -232,8 +233,8 @@ fn keep(
 }
 
 /// Replaces the cells of one machine. That of the package stays where it was not asked for.
-fn replace(cells: &mut Cells, (release, layout): (&str, &str), new: Rows<1, 2>) {
-    let stays = |check: &str| check == PACKAGE_CHECK && !new.contains_key(&[PACKAGE_CHECK.to_owned()]);
+fn replace(cells: &mut Cells, (release, layout): (&str, &str), new: Rows<1, 2>, has_package: bool) {
+    let stays = |check: &str| check == PACKAGE_CHECK && !has_package;
     cells.retain(|[known, of, check], _| known != release || of != layout || stays(check));
     cells.extend(new.into_iter().map(|([check], row)| ([release.to_owned(), layout.to_owned(), check], row)));
 }
@@ -256,9 +257,9 @@ impl ChosenMachine<'_> {
 }
 
 /// Checks that were `ok` on a machine like this one, and are neither now nor among its failures.
-fn no_longer_ok(machine: ChosenMachine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>) -> Vec<String> {
+fn no_longer_ok(machine: ChosenMachine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>, has_package: bool) -> Vec<String> {
     let was_ok = before.iter().filter(|([release, layout, check], [result, _])| {
-        release == like && layout == machine.layout && result == "ok" && check != PACKAGE_CHECK
+        release == like && layout == machine.layout && result == "ok" && (check != PACKAGE_CHECK || has_package)
     });
     let problem = |([.., check], _): (&[String; 3], &[String; 2])| {
         let (result, detail) = match now.get(std::slice::from_ref(check)) {
@@ -269,6 +270,13 @@ fn no_longer_ok(machine: ChosenMachine<'_>, like: &str, before: &Cells, now: &Ro
         Some(format!("{}, {}, {check}: {result} now, ok before: {detail}", machine.release, machine.layout))
     };
     was_ok.filter_map(problem).collect()
+}
+
+/// Programs that were loaded, and of which nothing is known.
+fn unknown(machine: ChosenMachine<'_>, now: &Rows<1, 2>) -> Vec<String> {
+    let ChosenMachine { release, layout } = machine;
+    let unknown = now.iter().filter(|(_, row)| row.iter().any(|figure| figure.parse::<u64>().is_err()));
+    unknown.map(|([program], _)| format!("{release}, {layout}: no figures of {program}")).collect()
 }
 
 /// Programs that a machine like this one did not load.
@@ -400,9 +408,9 @@ mod tests {
         let before = "6.1.0\tv2\tpackage\tok\t18 steps\n6.1.0\tv2\tgone\tok\t\n6.1.0\tv1\tpodman\tok\t4.3";
         let (docker, kept) = ("6.1.0\tv2\tdocker\tok\t20.10", "6.1.0\tv2\tpackage\tok\t18 steps");
         let mut cells = rows(before);
-        replace(&mut cells, ("6.1.0", "v2"), rows("docker\tok\t20.10"));
+        replace(&mut cells, ("6.1.0", "v2"), rows("docker\tok\t20.10"), false);
         assert_eq!(cells, rows(&format!("{docker}\n{kept}\n6.1.0\tv1\tpodman\tok\t4.3")));
-        replace(&mut cells, ("6.1.0", "v2"), rows("package\tfailed\tnot active"));
+        replace(&mut cells, ("6.1.0", "v2"), rows("package\tfailed\tnot active"), true);
         assert_eq!(cells, rows("6.1.0\tv2\tpackage\tfailed\tnot active\n6.1.0\tv1\tpodman\tok\t4.3"));
     }
 
@@ -450,11 +458,16 @@ mod tests {
             rows("6.1.0\tv2\tdocker\tok\t20.10\n6.1.0\tv2\tpodman\tabsent\t\n6.1.0\tv2\tpackage\tok\t\n6.1.0\tv2\tstorms\tok\t");
         let machine = ChosenMachine { release: "6.1.9", layout: "v2" };
         assert_eq!(
-            no_longer_ok(machine, "6.1.0", &before, &rows("docker\tabsent\tno engine\npodman\tabsent\t")),
+            no_longer_ok(machine, "6.1.0", &before, &rows("docker\tabsent\tno engine\npodman\tabsent\t"), false),
             ["6.1.9, v2, docker: absent now, ok before: no engine", "6.1.9, v2, storms: missing now, ok before: "]
         );
         let failures_are_said = rows("docker\tok\t\nstorms\tfailed\tlate");
-        assert_eq!(no_longer_ok(machine, "6.1.0", &before, &failures_are_said), [""; 0]);
+        assert_eq!(no_longer_ok(machine, "6.1.0", &before, &failures_are_said, false), [""; 0]);
+        assert_eq!(
+            no_longer_ok(machine, "6.1.0", &before, &failures_are_said, true),
+            ["6.1.9, v2, package: missing now, ok before: "]
+        );
+        assert_eq!(unknown(machine, &rows("fork\t1\t2\nexec\tunknown\t2")), ["6.1.9, v2: no figures of exec"]);
     }
 
     #[test]
