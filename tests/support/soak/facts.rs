@@ -61,6 +61,11 @@ pub fn samples(session: &Session) -> Vec<SessionSample> {
     samples
 }
 
+/// Of the samples that were recorded while an agent ran, at least this part is in sessions that have ended: some were interrupted.
+const COMPARED_LEAST: f64 = 0.4;
+/// Of those at most this part has a reason instead of a user, beyond the time of which the agent states not to know the user.
+const UNATTRIBUTED_MOST: f64 = 0.05;
+
 /// How many samples of sessions were compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SessionVerdict {
@@ -69,7 +74,25 @@ pub struct SessionVerdict {
     pub unattributed: u64,
 }
 
-/// Compares with the record. A clock that is set back gives two samples the same stamp, either of which is meant.
+impl SessionVerdict {
+    /// What is wrong with their numbers. `recorded`: samples while an agent ran; `unknown`: the part of the time of which it states not to
+    /// know the user.
+    pub fn problems(&self, recorded: u64, unknown: f64) -> Vec<Problem> {
+        let Self { compared, unattributed } = *self;
+        let mut problems = Vec::new();
+        if (compared as f64) < COMPARED_LEAST * recorded as f64 {
+            let text = format!("{compared} samples are in sessions, {recorded} were recorded while an agent ran");
+            problems.push(Problem::new("samples in sessions", text));
+        }
+        if unattributed as f64 > (UNATTRIBUTED_MOST + unknown) * compared as f64 {
+            let text = format!("{unattributed} of {compared} samples in sessions have a reason instead of a user");
+            problems.push(Problem::new("unattributed samples", text));
+        }
+        problems
+    }
+}
+
+/// Compares with the record. A clock that was set may give two samples the same stamp, either of which is meant.
 pub fn judge(
     found: &BTreeSet<SessionSample>,
     recorded: &[NamedSample],
@@ -102,6 +125,15 @@ pub fn judge(
 mod tests {
     use super::*;
     use crate::record::RecordedLife;
+
+    #[test]
+    fn few_samples_and_many_without_a_user_are_found() {
+        let problems = |compared, unattributed, unknown| SessionVerdict { compared, unattributed }.problems(1000, unknown).len();
+        assert_eq!(
+            (problems(500, 20, 0.0), problems(399, 10, 0.0), problems(500, 30, 0.0), problems(500, 30, 0.1)),
+            (0, 1, 1, 0)
+        );
+    }
 
     #[test]
     fn a_sample_of_another_container_or_of_no_process_is_found() {

@@ -19,7 +19,7 @@ use crate::{Running, sum};
 /// Driver calls that fail, by GPU.
 const FAILING_CALLS: [&str; 3] =
     ["nvmlDeviceGetSamples", "nvmlDeviceGetProcessUtilization", "nvmlDeviceGetComputeRunningProcesses_v3"];
-/// Above what the agent uses. The kernel charges in steps of half as much.
+/// Above what the agent uses.
 const SPARE_BYTES: u64 = 256 * 1024;
 /// An agent that needs no more in this time gets a limit above what it uses then.
 const LIMIT_AGAIN: Duration = Duration::from_millis(500);
@@ -133,13 +133,13 @@ fn kill(run: &mut SoakRun<'_>) -> Result<Injected> {
 }
 
 fn memory_limit(run: &mut SoakRun<'_>, lasts: Duration) -> Result<Injected> {
-    if let Err(error) = &run.subject.memory {
+    if let Err(error) = run.subject.memory() {
         return Injected::not(format!("{error:#}"));
     }
     lock(&run.board.state).excuse(true, run.board.now());
     run.may_end = true;
     let limited = limit_memory(run, lasts);
-    let lifted = run.subject.memory.as_ref().map_or(Ok(()), |memory| memory.limit(None));
+    let lifted = run.subject.memory()?.limit(None);
     let ended = run.subject.restart_if_ended(true)? || run.has_ended;
     (run.may_end, run.has_ended) = (false, false);
     lock(&run.board.state).excuse(false, run.board.now());
@@ -155,22 +155,16 @@ fn memory_limit(run: &mut SoakRun<'_>, lasts: Duration) -> Result<Injected> {
 
 /// Returns the last limit, and how often memory was wanted beyond one.
 fn limit_memory(run: &mut SoakRun<'_>, lasts: Duration) -> Result<(u64, u64)> {
-    let (until, mut limit, mut before) = (run.board.now() + lasts.as_secs_f64(), 0, None);
+    let (until, mut limit, before) = (run.board.now() + lasts.as_secs_f64(), 0, run.subject.memory()?.limited()?);
     loop {
-        let times = match &run.subject.memory {
-            Ok(memory) => {
-                let all = memory.limited()?;
-                let times = all - *before.get_or_insert(all);
-                if times == 0 {
-                    limit = memory.usage()? + SPARE_BYTES;
-                    memory.limit(Some(limit))?;
-                }
-                times
-            }
-            Err(_) => 0,
-        };
+        let memory = run.subject.memory()?;
+        let times = memory.limited()? - before;
         if run.board.now() >= until {
             return Ok((limit, times));
+        }
+        if times == 0 {
+            limit = memory.usage()? + SPARE_BYTES;
+            memory.limit(Some(limit))?;
         }
         run.wait(LIMIT_AGAIN)?;
     }
@@ -203,12 +197,17 @@ fn runtime(run: &mut SoakRun<'_>, kind: FaultKind, lasts: Duration) -> Result<In
         FaultKind::RuntimeHalf => engine.proxy.set(Fault::CloseHalfWay)?,
         _ => engine.proxy.disappear()?,
     }
+    let before = engine.proxy.count();
     let late = late_container(run, engine).and_then(|id| run.wait(lasts).map(|()| id));
+    let requests = engine.proxy.count() - before;
+    if kind != FaultKind::RuntimeRestart && requests == 0 {
+        run.board.report(Problem::new(format!("{} without effect", kind.name()), "the agent made no request meanwhile"));
+    }
     engine.proxy.set(Fault::Pass)?;
     if kind == FaultKind::RuntimeRestart {
         engine.proxy.appear()?;
     }
-    Ok(Injected { late: Some(late?), ..Injected::default() })
+    Ok(Injected { late: Some(late?), note: format!("{requests} requests"), ..Injected::default() })
 }
 
 /// Starts a container during a fault. Only the runtime knows its name.

@@ -129,7 +129,9 @@ fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<SoakVerdict> {
     problems.extend(wrong);
     let steady = verdict::steady(run.world, &lives, &run.spans, second)?;
     let demands = run.world.steady.iter().filter(|user| user.id != world::HOST).map(|user| user.demand);
-    problems.extend(owners.short_problem(verdict::unknown_ratio(&run.world.uuids, &lives)));
+    let unknown = verdict::unknown_ratio(&run.world.uuids, &lives);
+    problems.extend(owners.short_problem(unknown));
+    problems.extend(sessions.problems(owners.in_lives, unknown));
     let sum = |of: fn(&LifeAccount) -> usize| state.accounts.iter().map(of).sum::<usize>();
     problems.extend(blank_problem(sum(|account| account.blank.len()), sum(|account| account.credits.len())));
     problems.extend(steady.iter().zip(demands).flat_map(|(user, demand)| user.problems(demand)));

@@ -82,7 +82,7 @@ pub struct SoakRun<'w> {
     /// Whether the agent may be ended by the fault in force, and whether it was.
     pub may_end: bool,
     pub has_ended: bool,
-    /// Of the fault in force.
+    /// Of the present fault.
     effect: Option<EffectWatch>,
     baseline: BTreeSet<String>,
     watched: f64,
@@ -181,9 +181,8 @@ impl<'w> SoakRun<'w> {
         }
         let effect = self.effect.take().filter(|_| injected.refused.is_none());
         if let Some(missing) = effect.and_then(|effect| effect.missing()) {
-            let name = plan.kind.name();
-            let problem = Problem::new(format!("{name} without effect"), format!("{name} of GPU {}: {missing}", plan.gpu));
-            self.board.report(problem);
+            let text = format!("begun at {begun:.1} s: {missing}");
+            self.board.report(Problem::new(format!("{} without effect", plan.kind.name()), text));
         }
         if let (Some(uuid), Some(account)) = (&absent, lock(&self.board.state).accounts.last_mut()) {
             account.forget_origin(uuid);

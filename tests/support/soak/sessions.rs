@@ -65,7 +65,16 @@ impl SessionChecks {
         let file = tempfile::NamedTempFile::new()?;
         let bytes = agent.session_file(id, LASTS)?;
         let session = sampler_session::read(&bytes).with_context(|| format!("session {id}"))?;
-        self.samples.extend(samples(&session));
+        let (found, before) = (samples(&session), self.samples.len());
+        let different: BTreeSet<&SessionSample> = found.iter().collect();
+        if different.len() < found.len() {
+            let text = format!("{} samples, {} different ones (session begun at {begun:.1} s)", found.len(), different.len());
+            board.report(Problem::new("sample twice in a session", text));
+        }
+        self.samples.extend(found);
+        if self.samples.len() == before {
+            board.report(Problem::new("session samples", format!("there is none that is new (session begun at {begun:.1} s)")));
+        }
         std::fs::write(file.path(), bytes)?;
         let path = file.path().to_string_lossy().into_owned();
         let (code, out, err) = run_cli(&["report", &path, "--format", "json"])?;

@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 
 use super::accounts::{LifeAccount, Problem};
 use super::board::{Board, LifeAddress, lock};
@@ -32,7 +32,7 @@ pub struct Subject<'w> {
     // Dropped in this order: the agent is in the cgroup.
     pub agent: Option<Agent>,
     /// Why there is none, otherwise.
-    pub memory: Result<MemoryCgroup>,
+    memory: Result<MemoryCgroup>,
     pub lives: Vec<LifeSpan>,
 }
 
@@ -67,6 +67,11 @@ impl<'w> Subject<'w> {
         drop(state);
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// The cgroup that its memory is charged to.
+    pub fn memory(&self) -> Result<&MemoryCgroup> {
+        self.memory.as_ref().map_err(|error| anyhow!("{error:#}"))
     }
 
     pub fn agent(&self) -> Result<&Agent> {
@@ -117,6 +122,10 @@ impl<'w> Subject<'w> {
         lock(&self.board.state).agent = None;
         self.agent = None;
         self.close("itself", log);
+        if may_end {
+            // What ended it would end the next one while it starts.
+            self.memory()?.limit(None)?;
+        }
         self.start()?;
         Ok(true)
     }

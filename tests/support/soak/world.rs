@@ -23,7 +23,7 @@ pub const FAULTY_GPUS: usize = 3;
 const FIRST_STEP_SECONDS: u64 = 25;
 const STEP_EVERY_SECONDS: u64 = 240;
 const STEPS: u64 = 60;
-/// No multiple of a period: a sample after it would have the stamp of one before it.
+/// No multiple of a period: otherwise samples after it would have the stamps of ones before it.
 const STEP_US: i64 = 2_987_654;
 
 /// Processes outside of containers, in the record of who ran where.
