@@ -215,7 +215,7 @@ impl DemandWindows {
         let window = |n: &usize| DemandWindow { others: Vec::new(), named: Vec::new(), ..self.windows[*n] };
         let windows: Vec<DemandWindow> = inside.iter().map(window).collect();
         let spans: Vec<Vec<bool>> = self.spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
-        let others = self.by_time.iter().copied().filter(|user| *user != other).take(MOST_OTHERS - 1);
+        let others = self.by_time.iter().copied().filter(|user| *user != other);
         compare(&windows, &spans, (other, &others.collect::<Vec<_>>()), contenders, &counted)
     }
 }
@@ -292,7 +292,7 @@ fn compare(
 
 /// The users in the regression: this one, and those candidates that are neither always on nor always off while the victim
 /// makes calls. `None` if one of them is on when this one is, and cannot be separated. One that is on when this one is off can be left out:
-/// its effect only makes the other one seem smaller.
+/// its effect only makes the other one seem smaller. Beyond [`MOST_OTHERS`] none is separated.
 fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize, candidates: &[usize]) -> Option<Vec<usize>> {
     let mut users = vec![other];
     if !is_solvable(&rows(windows, spans, &users)) {
@@ -301,9 +301,9 @@ fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize, candi
     let calls = |chosen: &dyn Fn(usize) -> bool| {
         windows.iter().enumerate().filter(|(n, _)| chosen(*n)).map(|(_, window)| window.calls).sum::<f64>()
     };
-    for &user in candidates {
+    for &user in candidates.iter().filter(|user| spans[**user].iter().any(|on| *on != spans[**user][0])) {
         let all = [users.clone(), vec![user]].concat();
-        if is_solvable(&rows(windows, spans, &all)) {
+        if users.len() < MOST_OTHERS && is_solvable(&rows(windows, spans, &all)) {
             users = all;
             continue;
         }

@@ -1,4 +1,7 @@
-//! Least squares over windows, with errors that allow for correlation of neighbouring windows.
+//! Waiting by call, over windows, with errors that allow for correlation of neighbouring windows.
+//!
+//! Over the windows of each user the sum of what is expected equals the sum of what was measured, whatever the number of calls in a window:
+//! a window in which no call returned has waiting, too, which least squares would leave out.
 
 use super::DemandWindow;
 
@@ -52,16 +55,16 @@ pub struct Regression {
     pub errors: Vec<f64>,
 }
 
-/// Least squares of the windows with these numbers.
-pub fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression> {
+/// The coefficients with which `y` less its expectation sums to 0, over all windows and over those of each user.
+pub fn regress(numbers: &[u64], y: &[f64], Rows { x, on }: &Rows) -> Option<Regression> {
     let k = x.first()?.len();
     let mut product = vec![vec![0.0; k]; k];
-    for x in x {
-        for (row, left) in product.iter_mut().zip(x) {
+    for (x, on) in x.iter().zip(on) {
+        for (row, left) in product.iter_mut().zip(on) {
             row.iter_mut().zip(x).for_each(|(cell, right)| *cell += left * right);
         }
     }
-    let right: Vec<Vec<f64>> = (0..k).map(|row| x.iter().map(|x| x[row]).collect()).collect();
+    let right: Vec<Vec<f64>> = (0..k).map(|row| on.iter().map(|on| on[row]).collect()).collect();
     let weights = solve(product, right, 1e-12)?;
     let coefficients: Vec<f64> =
         weights.iter().map(|weights| weights.iter().zip(y).map(|(weight, y)| weight * y).sum()).collect();
@@ -79,17 +82,24 @@ pub fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression>
     Some(Regression { coefficients, errors })
 }
 
-/// By window: its calls, and those with each of these users.
-pub fn rows(windows: &[DemandWindow], spans: &[Vec<bool>], users: &[usize]) -> Vec<Vec<f64>> {
-    let row = |(n, window): (usize, &DemandWindow)| {
-        let with = |user: &usize| if spans[*user][n] { window.calls } else { 0.0 };
-        std::iter::once(window.calls).chain(users.iter().map(with)).collect()
-    };
-    windows.iter().enumerate().map(row).collect()
+/// The equations, by window.
+pub struct Rows {
+    /// Its calls, and those with each of the users.
+    x: Vec<Vec<f64>>,
+    /// 1, and 1 or 0 for each of the users.
+    on: Vec<Vec<f64>>,
 }
 
-/// Whether these columns can be separated.
-pub fn is_solvable(rows: &[Vec<f64>]) -> bool {
+pub fn rows(windows: &[DemandWindow], spans: &[Vec<bool>], users: &[usize]) -> Rows {
+    let is_on = |n: usize| std::iter::once(1.0).chain(users.iter().map(move |user| f64::from(u8::from(spans[*user][n]))));
+    let on: Vec<Vec<f64>> = (0..windows.len()).map(|n| is_on(n).collect()).collect();
+    let with_calls = |(on, window): (&Vec<f64>, &DemandWindow)| on.iter().map(|on| on * window.calls).collect();
+    Rows { x: on.iter().zip(windows).map(with_calls).collect(), on }
+}
+
+/// Whether the columns of these users can be separated.
+pub fn is_solvable(rows: &Rows) -> bool {
+    let rows = &rows.x;
     let k = rows.first().map_or(0, Vec::len);
     let norm = |column: usize| rows.iter().map(|row| row[column] * row[column]).sum::<f64>().sqrt();
     let norms: Vec<f64> = (0..k).map(norm).collect();

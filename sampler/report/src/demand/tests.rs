@@ -61,6 +61,40 @@ fn a_user_that_comes_and_goes_keeps_a_busy_one_waiting() {
     assert!((demand.effect.unwrap() - 0.5).abs() < 0.03, "half of each second: {demand:?}");
 }
 
+/// Windows in which no call returned have waiting, too.
+#[test]
+fn calls_that_are_longer_than_a_window_count_as_a_whole() {
+    let other = User { phase: Phase::Repeats { on: 22.0, off: 20.0, offset: 3.0 }, ..BUSY };
+    let played = play(&[User { work_s: 0.6, ..BUSY }, other], 200, &mut Random(1));
+    let truth = played.kept_waiting_s[0][1] / played.on_s[1];
+    let demand = evaluate(&windows(&played, 0), 0, 1);
+    assert!(demand.confirmed && (demand.effect.unwrap() - truth).abs() < 0.05, "{truth}: {demand:?}");
+}
+
+/// However many users are always on, each of those that start together is compared with the others of them.
+#[test]
+fn one_of_many_that_start_together_is_not_blamed_for_all() {
+    const ALWAYS: usize = 12;
+    const TOGETHER: usize = 20;
+    let window = |number: u64| {
+        let on = number / 10 % 2 == 1;
+        let part = if on { 0.02 } else { 0.0 };
+        DemandWindow {
+            number,
+            waited: if on { 0.7 } else { 0.3 } + 0.001 * (number % 3) as f64,
+            calls: 50.0,
+            own: 0.2,
+            others: [[0.03; ALWAYS].as_slice(), &[part; TOGETHER]].concat(),
+            named: [[1; ALWAYS].as_slice(), &[u32::from(on); TOGETHER]].concat(),
+        }
+    };
+    let windows: Vec<DemandWindow> = (0..120).map(window).collect();
+    for other in ALWAYS..ALWAYS + TOGETHER {
+        let demand = evaluate(&windows, other, ALWAYS + TOGETHER);
+        assert!(!demand.confirmed && demand.why_not.contains("another user started and stopped"), "{demand:?}");
+    }
+}
+
 /// Time of samples without a PID is divided among all that are present.
 #[test]
 fn a_user_that_receives_time_without_being_named_is_off() {
