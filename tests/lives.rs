@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use gpu_sampler_tests::kernel::{CgroupTree, Layout};
-use gpu_sampler_tests::record::{NamedSample, RecordedLife, assert_same, credited, expected, id_of, owner};
+use gpu_sampler_tests::record::{NamedSample, RecordedLife, RecordedProcesses, assert_same, credited, expected, id_of};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
 /// Every sample has to be queried, on a machine that is busy with other things; the budget has a test of its own.
@@ -47,7 +47,8 @@ fn every_sample(layout: Layout) -> Result<()> {
     let page = final_page(&agent)?;
 
     let samples = sim.samples()?;
-    let gone_before_served = |t: &&NamedSample| owner(&lives, t, PERIOD_US).is_some_and(|l| l.gone_us < t.at_us + DELAY_US);
+    let processes = RecordedProcesses::new(&lives, PERIOD_US);
+    let gone_before_served = |t: &&NamedSample| processes.owner(t).is_some_and(|l| l.gone_us < t.at_us + DELAY_US);
     let gone = samples.iter().filter(gone_before_served).count();
     println!("{layout:?}: {} samples recorded, {gone} of them of processes that had ended when they were served", samples.len());
     assert!(gone >= 200, "only {gone} of {} samples were of processes that ended before the poll", samples.len());

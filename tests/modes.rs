@@ -46,20 +46,21 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     let page = agent.scrape()?;
     let got = credited(&page);
     let samples = sim.samples()?;
+    let value = |uuid: &str, name: &str, labels: &[(&str, &str)]| {
+        sum(&page, name, &[&[("uuid", uuid)], labels].concat()).unwrap_or_default()
+    };
     for (gpu, id) in [(0, &old), (1, &new), (3, &deep)] {
         let recorded = samples.iter().filter(|s| s.gpu == gpu).count() as u64;
         let uuid = samples.iter().find(|s| s.gpu == gpu).context("a recorded sample")?.uuid.clone();
-        let value =
-            |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &*uuid)], labels].concat()).unwrap_or_default();
         // On a busy machine polls are late, and their samples are not all queried.
-        let unqueried = value("gpu_sampler_samples_total", &[]) - value("gpu_sampler_queried_samples_total", &[]);
+        let unqueried = value(&uuid, "gpu_sampler_samples_total", &[]) - value(&uuid, "gpu_sampler_queried_samples_total", &[]);
         let credited = got.get(&(id.clone(), uuid.clone())).copied().unwrap_or_default();
         let is_within = credited <= recorded && (recorded - credited) as f64 <= unqueried;
         assert!(is_within, "{mode} {layout:?}: GPU {gpu}: {credited} of {recorded}, {unqueried} not queried: {got:?}");
         // All of the time has one user.
         let (busy, seconds) = (
-            value("gpu_time_seconds_total", &[("state", "busy")]),
-            value("container_gpu_seconds_total", &[("container_id", id)]),
+            value(&uuid, "gpu_time_seconds_total", &[("state", "busy")]),
+            value(&uuid, "container_gpu_seconds_total", &[("container_id", id)]),
         );
         assert!(
             credited > 0 && (busy - seconds).abs() < 1e-6,
@@ -68,11 +69,9 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     }
     let unseen = &samples.iter().find(|s| s.gpu == 2).context("a recorded sample")?.uuid;
     // A read of /proc may find one by chance; nothing is guessed for the others.
-    let value =
-        |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &**unseen)], labels].concat()).unwrap_or_default();
-    let found = value("container_gpu_seconds_total", &[("container_id", &short_id)]);
-    let unknown = value("gpu_unattributed_seconds_total", &[("reason", "pid_unknown")]);
-    let busy = value("gpu_time_seconds_total", &[("state", "busy")]);
+    let found = value(unseen, "container_gpu_seconds_total", &[("container_id", &short_id)]);
+    let unknown = value(unseen, "gpu_unattributed_seconds_total", &[("reason", "pid_unknown")]);
+    let busy = value(unseen, "gpu_time_seconds_total", &[("state", "busy")]);
     assert!(!lives.is_empty() && unknown > 0.6 * busy, "{unknown} of {busy} s are pid_unknown");
     assert!((found + unknown - busy).abs() < 1e-6, "{found} s found and {unknown} s unknown of {busy} s busy");
     assert!(got.keys().all(|(id, uuid)| uuid != unseen || *id == short_id), "samples were credited by a guess: {got:?}");

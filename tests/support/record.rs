@@ -115,12 +115,6 @@ impl Drop for Lives {
     }
 }
 
-/// The process that a sample belongs to: the one that was on that GPU within the period before it.
-pub fn owner<'a>(lives: &'a [RecordedLife], sample: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
-    let within = |l: &&RecordedLife| l.begin_us <= sample.at_us && l.end_us + period_us + SLICE_US >= sample.at_us;
-    lives.iter().filter(|l| l.pid == sample.pid && l.gpu == sample.gpu).filter(within).max_by_key(|l| l.begin_us)
-}
-
 /// The recorded lives by process and GPU.
 pub struct RecordedProcesses {
     by_process: BTreeMap<(u32, usize), Vec<RecordedLife>>,
@@ -137,9 +131,10 @@ impl RecordedProcesses {
         Self { by_process, period_us }
     }
 
+    /// The process that a sample belongs to: the one that was on that GPU within the period before it.
     pub fn owner(&self, sample: &NamedSample) -> Option<&RecordedLife> {
-        let of_process = self.by_process.get(&(sample.pid, sample.gpu)).map_or(&[][..], Vec::as_slice);
-        owner(of_process, sample, self.period_us)
+        let within = |l: &&RecordedLife| l.begin_us <= sample.at_us && l.end_us + self.period_us + SLICE_US >= sample.at_us;
+        self.by_process.get(&(sample.pid, sample.gpu))?.iter().filter(within).max_by_key(|l| l.begin_us)
     }
 }
 
@@ -155,9 +150,9 @@ pub fn expected_by(
     period_us: u64,
     user_of: impl Fn(&str) -> String,
 ) -> Result<Samples> {
-    let mut counts = Samples::new();
+    let (processes, mut counts) = (RecordedProcesses::new(lives, period_us), Samples::new());
     for sample in samples {
-        let life = owner(lives, sample, period_us).with_context(|| format!("no recorded process for {sample:?}"))?;
+        let life = processes.owner(sample).with_context(|| format!("no recorded process for {sample:?}"))?;
         *counts.entry((user_of(&life.cgroup), sample.uuid.clone())).or_default() += 1;
     }
     Ok(counts)

@@ -9,14 +9,14 @@ const SLOW_SECONDS: &str = "0.01";
 
 /// The number, and by how much it has to rise.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Effect {
-    pub counted: f64,
-    pub least: f64,
+struct Effect {
+    counted: f64,
+    least: f64,
 }
 
 impl Effect {
     /// That of a kind of which the agent counts something. `uuids`: of the GPUs by index.
-    pub fn of(plan: &PlannedFault, page: &[Sample], uuids: &[String]) -> Option<Self> {
+    fn of(plan: &PlannedFault, page: &[Sample], uuids: &[String]) -> Option<Self> {
         let uuid = uuids.get(plan.gpu).map(String::as_str).unwrap_or_default();
         let total = |name, labels: &[_]| sum(page, name, labels).unwrap_or_default();
         let (counted, least) = match plan.kind {
@@ -44,14 +44,15 @@ impl Effect {
 #[derive(Clone, Copy, Debug)]
 pub struct EffectWatch {
     plan: PlannedFault,
-    before: Option<Effect>,
+    before: Effect,
     most: f64,
 }
 
 impl EffectWatch {
-    pub fn new(plan: PlannedFault, page: &[Sample], uuids: &[String]) -> Self {
-        let before = Effect::of(&plan, page, uuids);
-        Self { plan, before, most: before.map_or(0.0, |effect| effect.counted) }
+    /// `None` for a kind of which the agent counts nothing.
+    pub fn new(plan: PlannedFault, page: &[Sample], uuids: &[String]) -> Option<Self> {
+        let before = Effect::of(&plan, page, uuids)?;
+        Some(Self { plan, before, most: before.counted })
     }
 
     pub fn take(&mut self, page: &[Sample], uuids: &[String]) {
@@ -62,9 +63,9 @@ impl EffectWatch {
 
     /// What is missing.
     pub fn missing(&self) -> Option<String> {
-        let before = self.before?;
-        let rose = self.most - before.counted;
-        (rose < before.least).then(|| format!("what it counts rose by {rose}, {} at least were expected", before.least))
+        let Effect { counted, least } = self.before;
+        let rose = self.most - counted;
+        (rose < least).then(|| format!("what it counts rose by {rose}, {least} at least were expected"))
     }
 }
 
@@ -91,14 +92,13 @@ mod tests {
         let mut counted = 0;
         for kind in INJECTED {
             let plan = PlannedFault { kind, gpu: 0, lasts: Duration::from_secs(3), reach: Reach::NoGpu };
-            let mut watch = EffectWatch::new(plan, &before, &uuids);
+            let Some(mut watch) = EffectWatch::new(plan, &before, &uuids) else { continue };
             watch.take(&before, &uuids);
-            let is_counted = Effect::of(&plan, &before, &uuids).is_some();
-            assert_eq!(watch.missing().is_some(), is_counted, "{kind:?}");
+            assert!(watch.missing().is_some(), "{kind:?}");
             watch.take(&during, &uuids);
             watch.take(&before, &uuids);
             assert_eq!(watch.missing(), None, "{kind:?}");
-            counted += u32::from(is_counted);
+            counted += 1;
         }
         assert_eq!(counted, 6);
     }

@@ -164,7 +164,7 @@ impl<'w> SoakRun<'w> {
         lock(&self.board.state).conditions.clear();
         self.board.disturb(plan.reach, begun + plan.lasts.as_secs_f64() + CONVERGED_WITHIN.as_secs_f64());
         let (life, logged) = (self.subject.lives.len(), self.subject.log().lines().count());
-        self.effect = self.latest().map(|page| EffectWatch::new(plan, &page.samples, &self.world.uuids));
+        self.effect = self.latest().and_then(|page| EffectWatch::new(plan, &page.samples, &self.world.uuids));
         let injected = inject(self, plan)?;
         let ended = self.board.now();
         let table = plan.kind == FaultKind::Storm;

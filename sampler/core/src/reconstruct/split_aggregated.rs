@@ -67,11 +67,11 @@ impl Average {
         };
         sum / f64::from(over.max(1))
     }
-}
 
-/// Whether the entry is this average, of which the driver cuts the fraction.
-fn fits(average: Average, process: &ProcessSample, known: Known, more: Option<u32>, samples: u32) -> bool {
-    (average.of(known, more, samples) - f64::from(process.percent[COMPUTE])).abs() < 1.0
+    /// Whether the entry is this average, of which the driver cuts the fraction.
+    fn fits(self, process: &ProcessSample, known: Known, more: Option<u32>, samples: u32) -> bool {
+        (self.of(known, more, samples) - f64::from(process.percent[COMPUTE])).abs() < 1.0
+    }
 }
 
 /// `responses[0]` covers only the newest sample, each further one also the sample before. Marks the samples of which the pid, or its
@@ -98,30 +98,28 @@ pub fn separate(
         let names = |process: &&ProcessSample| {
             process.percent[COMPUTE] > 0 || is_small && process.percent.iter().all(|percent| *percent == 0)
         };
-        let candidates: Vec<ProcessSample> = of_sample().filter(names).copied().collect();
-        let is_alone = |process: &ProcessSample| {
-            let fits = |average: Average| fits(average, process, Known::default(), Some(sample.busy_percent), covered);
-            folding.possible().any(fits)
+        let candidates: Vec<&ProcessSample> = of_sample().filter(names).collect();
+        let is_alone = |process: &&&ProcessSample| {
+            folding.possible().any(|average| average.fits(process, Known::default(), Some(sample.busy_percent), covered))
         };
         // A sample names one process. Others are invalid entries, or the driver has another rule.
-        let only = match candidates.as_slice() {
+        let mut compute = match candidates.as_slice() {
             [only] => Some(only.pid),
             several => {
-                let mut alone = several.iter().filter(|process| is_alone(process));
+                let mut alone = several.iter().filter(is_alone);
                 alone.next().filter(|_| alone.next().is_none()).map(|process| process.pid)
             }
         };
-        is_complete &= only.is_some() || candidates.is_empty();
-        let mut compute = only;
+        let is_ambiguous = compute.is_none() && !candidates.is_empty();
         for process in new() {
             let mut process = *process;
-            if only == Some(process.pid) {
+            if compute == Some(process.pid) {
                 process.percent[COMPUTE] = sample.busy_percent.min(100) as u8;
             }
             out.push(process);
         }
-        if !candidates.is_empty() && only.is_none() {
-            sample.queried = true;
+        if is_ambiguous {
+            (sample.queried, is_complete) = (true, false);
             continue;
         }
         if compute.is_none() && sample.busy_percent > 0 {
@@ -135,7 +133,7 @@ pub fn separate(
                 old().all(|process| {
                     let more = (named == Some(process.pid)).then_some(sample.busy_percent);
                     let known = known.get(&process.pid).copied().unwrap_or_default();
-                    fits(average, process, known, more, covered)
+                    average.fits(process, known, more, covered)
                 })
             };
             let mut pids: Vec<u32> = old().map(|process| process.pid).collect();

@@ -99,6 +99,15 @@ fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<
     (samples, process_samples, stepped)
 }
 
+/// Polls after each of these times.
+fn poll_after(ring: &Ring, waits_us: &[u64], calls: usize) -> (Vec<DeviceSample>, Vec<ProcessSample>, bool) {
+    let polls_us = waits_us.iter().scan(1_000_001, |now_us, wait_us| {
+        *now_us += wait_us;
+        Some(*now_us)
+    });
+    poll(ring, polls_us, calls)
+}
+
 fn is_valid(pid: u32) -> bool {
     (1..WITHOUT_A_PROCESS).contains(&pid)
 }
@@ -154,9 +163,7 @@ proptest! {
         samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13, over_all: bool
     ) {
         let ring = Ring { over_all, ..Ring::new(&samples) };
-        let mut now = 1_000_001;
-        let polls: Vec<u64> = waits.iter().map(|wait| { now += wait; now }).collect();
-        let (got, process_samples, _) = poll(&ring, polls.into_iter(), calls);
+        let (got, process_samples, _) = poll_after(&ring, &waits, calls);
         let (recovered, queried) = check(&ring, &got, &process_samples)?;
         // All but those from before the first poll.
         prop_assert!(recovered + 10 >= samples.len());
@@ -168,9 +175,7 @@ proptest! {
         samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13, over_all: bool
     ) {
         let ring = Ring { over_all, invalid: true, ..Ring::new(&samples) };
-        let mut now = 1_000_001;
-        let polls: Vec<u64> = waits.iter().map(|wait| { now += wait; now }).collect();
-        let (got, process_samples, _) = poll(&ring, polls.into_iter(), calls);
+        let (got, process_samples, _) = poll_after(&ring, &waits, calls);
         check(&ring, &got, &process_samples)?;
     }
 

@@ -301,13 +301,13 @@ fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize, candi
     let calls = |chosen: &dyn Fn(usize) -> bool| {
         windows.iter().enumerate().filter(|(n, _)| chosen(*n)).map(|(_, window)| window.calls).sum::<f64>()
     };
+    let (with, without) = (calls(&|n| spans[other][n]), calls(&|n| !spans[other][n]));
     for &user in candidates.iter().filter(|user| spans[**user].iter().any(|on| *on != spans[**user][0])) {
         let all = [users.clone(), vec![user]].concat();
         if users.len() < MOST_OTHERS && is_solvable(&rows(windows, spans, &all)) {
             users = all;
             continue;
         }
-        let (with, without) = (calls(&|n| spans[other][n]), calls(&|n| !spans[other][n]));
         let within = calls(&|n| spans[other][n] && spans[user][n]) / with;
         let outside = calls(&|n| !spans[other][n] && spans[user][n]) / without;
         if within > outside + TOGETHER {
