@@ -19,7 +19,9 @@ pub const FIRST_CALL: &str = "cuInit";
 /// What `cuda-work truth` states of one process.
 #[derive(Clone, Debug)]
 pub struct WaitTruth {
+    /// As the library's functions measure it, and as their caller does.
     pub wait_some_s: f64,
+    pub caller_some_s: f64,
     pub calls: f64,
     pub gpu_s: f64,
     /// PIDs that were on the GPU during the waiting, with seconds.
@@ -63,6 +65,7 @@ impl Sim {
         let other = |one: &Value| Ok((one["pid"].as_u64().context("pid")? as u32, number(one, "seconds")?));
         Ok(Some(WaitTruth {
             wait_some_s: number(process, "wait_some_seconds")?,
+            caller_some_s: number(process, "caller_some_seconds")?,
             calls: number(process, "calls")?,
             gpu_s: number(process, "gpu_seconds")?,
             during: process["while"].as_array().context("while")?.iter().map(other).collect::<Result<_>>()?,

@@ -7,4 +7,5 @@ pub mod nvml_log;
 pub mod process;
 pub mod schedule;
 pub mod shared;
+pub mod wait_log;
 pub mod waits;

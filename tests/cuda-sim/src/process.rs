@@ -3,18 +3,16 @@
 //! A forked child gets an instance of its own when it calls cuInit. The parent's instance stays in the child's memory and is never used.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread::Thread;
 use std::time::Duration;
 
-use crate::error::{Error, at};
+use crate::error::Error;
 use crate::gpu::{FOLDER, Gpu, now_ns};
 use crate::schedule::{ClientSlot, DEFAULT_STREAM, Position, StreamSlot};
-use crate::waits::{self, Meter};
+use crate::wait_log::{OF_LIBRARY, WaitLog, locked};
 
 /// Interval of the thread while there is work or waiting, and without.
 const BUSY_INTERVAL: Duration = Duration::from_millis(4);
@@ -104,16 +102,10 @@ pub struct Process {
     pub gpus: Vec<Gpu>,
     handles: Mutex<Handles>,
     known: Mutex<BTreeMap<StreamKey, Known>>,
-    meter: Mutex<Meter>,
-    records: Mutex<File>,
-    records_path: PathBuf,
+    waits: WaitLog,
     thread: OnceLock<Thread>,
     /// Whether the thread sleeps for the idle interval.
     rests: AtomicBool,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Process {
@@ -124,20 +116,13 @@ impl Process {
         if gpus.is_empty() {
             return Err(Error::NoGpu { dir: dir.join(FOLDER) });
         }
-        let path = waits::path(dir, pid, start_time);
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(at(folder, "create"))?;
-        }
-        let records = OpenOptions::new().create(true).append(true).open(&path).map_err(at(&path, "create"))?;
         Ok(Self {
             pid,
             start_time,
             gpus,
             handles: Mutex::default(),
             known: Mutex::default(),
-            meter: Mutex::default(),
-            records: Mutex::new(records),
-            records_path: path,
+            waits: WaitLog::open(dir, OF_LIBRARY, pid, start_time)?,
             thread: OnceLock::new(),
             rests: AtomicBool::new(false),
         })
@@ -181,7 +166,7 @@ impl Process {
             handles.thread_streams.retain(|(_, of), _| *of != gpu);
             drop(handles);
             locked(&self.known).retain(|key, _| key.gpu != gpu);
-            self.write_records()?;
+            self.waits.write()?;
             self.gpus.get(gpu).map_or(Ok(()), |gpu| gpu.release(client))?;
         }
         Ok(true)
@@ -253,10 +238,10 @@ impl Process {
 
     /// Runs the body of a blocking call on a GPU, and counts its time as waiting.
     pub fn blocking<T>(&self, gpu: usize, body: impl FnOnce() -> T) -> T {
-        locked(&self.meter).enter(gpu, now_ns());
+        self.waits.enter(gpu);
         self.wake();
         let result = body();
-        locked(&self.meter).leave(gpu, now_ns());
+        self.waits.leave(gpu);
         result
     }
 
@@ -299,23 +284,13 @@ impl Process {
     /// Returns whether there is work or waiting.
     fn update(&self) -> Result<bool, Error> {
         let attached: Vec<(usize, ClientSlot)> = self.handles().attached.iter().map(|(gpu, one)| (*gpu, one.client)).collect();
-        let mut busy = self.write_records()?;
+        let mut busy = self.waits.write()?;
         for (gpu, client) in attached {
             if let Some(gpu) = self.gpus.get(gpu) {
                 busy |= gpu.seen(client)? > 0;
             }
         }
         Ok(busy)
-    }
-
-    /// Appends the records so far; returns whether there were any.
-    fn write_records(&self) -> Result<bool, Error> {
-        // The file's lock first: records are written in the order in which they are taken.
-        let mut file = locked(&self.records);
-        let records = locked(&self.meter).take(now_ns());
-        let text: String = records.iter().map(waits::Record::line).collect();
-        file.write_all(text.as_bytes()).map_err(at(&self.records_path, "append a record"))?;
-        Ok(!records.is_empty())
     }
 }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use cuda_sim::gpu::{self, Gpu};
-use cuda_sim::waits::{self, Record};
+use cuda_sim::wait_log::{OF_CALLER, OF_LIBRARY, folder};
+use cuda_sim::waits::Record;
 use nvidia_ml_sim::follow::Follower;
 use nvidia_ml_sim::time;
 use nvidia_ml_sim::world::World;
@@ -28,6 +29,8 @@ struct ProcessTruth {
     start_time: u64,
     wait_some_seconds: f64,
     wait_total_seconds: f64,
+    /// `wait_some_seconds` by the caller's clock.
+    caller_some_seconds: f64,
     calls: u64,
     gpu_seconds: f64,
     #[serde(rename = "while")]
@@ -50,6 +53,15 @@ struct OnGpu {
     process: Identity,
 }
 
+/// The records of each process.
+type Records = BTreeMap<Identity, Vec<Record>>;
+
+#[derive(Default)]
+struct Waits {
+    of_library: Records,
+    of_caller: Records,
+}
+
 /// The spans of each GPU, in the order of time.
 type Spans = BTreeMap<usize, Vec<OnGpu>>;
 
@@ -65,6 +77,12 @@ impl Range {
     fn within_us(self, from_us: f64, to_us: f64) -> f64 {
         (to_us.min(self.to_us as f64) - from_us.max(self.from_us as f64)).max(0.0)
     }
+
+    /// The part of a record that lies within.
+    fn part_of(self, record: &Record) -> f64 {
+        let (from_us, to_us) = (record.from_ns as f64 / 1e3, record.to_ns as f64 / 1e3);
+        if to_us > from_us { self.within_us(from_us, to_us) / (to_us - from_us) } else { 0.0 }
+    }
 }
 
 pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>) -> anyhow::Result<()> {
@@ -75,7 +93,8 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>) -> anyhow::Result<(
     let range = Range { from_us: from.unwrap_or(0), to_us: to.unwrap_or(now_us).min(now_us) };
     let mut log = Follower::new(dir, &World::read(dir)?)?;
     log.read()?;
-    let processes = join(&spans(&log), &records(dir)?, range);
+    let waits = Waits { of_library: records(dir, OF_LIBRARY)?, of_caller: records(dir, OF_CALLER)? };
+    let processes = join(&spans(&log), &waits, range);
     let truth = Truth { from: time::format(range.from_us), to: time::format(range.to_us), processes };
     println!("{}", serde_json::to_string_pretty(&truth)?);
     Ok(())
@@ -92,9 +111,9 @@ fn spans(log: &Follower) -> Spans {
     spans
 }
 
-fn records(dir: &Path) -> anyhow::Result<BTreeMap<Identity, Vec<Record>>> {
-    let folder = dir.join(gpu::FOLDER).join(waits::FOLDER);
-    let mut records = BTreeMap::new();
+fn records(dir: &Path, measured: &str) -> anyhow::Result<Records> {
+    let folder = folder(dir, measured);
+    let mut records = Records::new();
     if !folder.exists() {
         return Ok(records);
     }
@@ -110,14 +129,14 @@ fn records(dir: &Path) -> anyhow::Result<BTreeMap<Identity, Vec<Record>>> {
     Ok(records)
 }
 
-fn join(spans: &Spans, records: &BTreeMap<Identity, Vec<Record>>, range: Range) -> Vec<ProcessTruth> {
+fn join(spans: &Spans, waits: &Waits, range: Range) -> Vec<ProcessTruth> {
     let mut processes: BTreeMap<Identity, ProcessTruth> = BTreeMap::new();
     let new = |(pid, start_time): Identity| ProcessTruth { pid, start_time, ..ProcessTruth::default() };
     for span in spans.values().flatten() {
         let process = processes.entry(span.process).or_insert_with(|| new(span.process));
         process.gpu_seconds += range.within_us(span.from_us as f64, span.to_us as f64) / 1e6;
     }
-    for (identity, records) in records {
+    for (identity, records) in &waits.of_library {
         let process = processes.entry(*identity).or_insert_with(|| new(*identity));
         let mut during = BTreeMap::new();
         for record in records {
@@ -126,14 +145,19 @@ fn join(spans: &Spans, records: &BTreeMap<Identity, Vec<Record>>, range: Range) 
         let one = |((pid, start_time), seconds): (Identity, f64)| During { pid, start_time, seconds };
         process.during = during.into_iter().map(one).collect();
     }
+    for (identity, records) in &waits.of_caller {
+        let process = processes.entry(*identity).or_insert_with(|| new(*identity));
+        for record in records {
+            process.caller_some_seconds += record.some_ns as f64 / 1e9 * range.part_of(record);
+        }
+    }
     processes.into_values().collect()
 }
 
 /// Adds the part of a record that lies in the range; a call counts when it returns. Short calls that share a record are spread over it.
 fn add(process: &mut ProcessTruth, during: &mut BTreeMap<Identity, f64>, record: &Record, spans: &Spans, range: Range) {
     let (from_us, to_us) = (record.from_ns as f64 / 1e3, record.to_ns as f64 / 1e3);
-    let length_us = to_us - from_us;
-    let part = if length_us > 0.0 { range.within_us(from_us, to_us) / length_us } else { 0.0 };
+    let part = range.part_of(record);
     process.wait_some_seconds += record.some_ns as f64 / 1e9 * part;
     process.wait_total_seconds += record.total_ns as f64 / 1e9 * part;
     if to_us >= range.from_us as f64 && to_us < range.to_us as f64 {
@@ -142,7 +166,7 @@ fn add(process: &mut ProcessTruth, during: &mut BTreeMap<Identity, f64>, record:
     if part == 0.0 {
         return;
     }
-    let density = record.some_ns as f64 / 1e3 / length_us;
+    let density = record.some_ns as f64 / 1e3 / (to_us - from_us);
     let clipped = Range { from_us: range.from_us.max(from_us as u64), to_us: range.to_us.min(to_us as u64) };
     for (_, list) in spans.iter().filter(|(gpu, _)| record.gpus & 1 << **gpu != 0) {
         let first = list.partition_point(|span| span.to_us <= clipped.from_us);
@@ -170,9 +194,12 @@ mod tests {
             calls,
             gpus: 1,
         };
-        let records = BTreeMap::from([((8, 1), vec![record(1_000, 4_000, 3_000, 1), record(6_000, 8_000, 500, 10)])]);
+        let waits = Waits {
+            of_library: Records::from([((8, 1), vec![record(1_000, 4_000, 3_000, 1), record(6_000, 8_000, 500, 10)])]),
+            of_caller: Records::from([((8, 1), vec![record(500, 4_500, 4_000, 1)])]),
+        };
         let check = |from_us, to_us, some: f64, calls, expect: &[(u32, f64)]| {
-            let processes = join(&spans, &records, Range { from_us, to_us });
+            let processes = join(&spans, &waits, Range { from_us, to_us });
             let waiter = processes.iter().find(|process| process.pid == 8).unwrap();
             let during: Vec<(u32, f64)> = waiter.during.iter().map(|one| (one.pid, (one.seconds * 1e6).round())).collect();
             assert_eq!((waiter.calls, &during[..]), (calls, expect));
@@ -181,6 +208,8 @@ mod tests {
         check(0, 10_000, 0.003_5, 11, &[(7, 1_500.0), (8, 2_000.0)]);
         check(0, 3_000, 0.002, 0, &[(7, 1_000.0), (8, 1_000.0)]);
         check(7_000, 8_001, 0.000_25, 10, &[(7, 250.0)]);
-        assert_eq!(join(&spans, &BTreeMap::new(), Range { from_us: 0, to_us: 1_000 }).len(), 3);
+        let caller = |to_us| join(&spans, &waits, Range { from_us: 0, to_us })[1].caller_some_seconds;
+        assert_eq!((caller(10_000), caller(2_500)), (0.004, 0.002));
+        assert_eq!(join(&spans, &Waits::default(), Range { from_us: 0, to_us: 1_000 }).len(), 3);
     }
 }

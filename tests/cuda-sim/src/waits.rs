@@ -1,21 +1,12 @@
-//! The true waiting of this process: when at least one of its threads was inside a blocking call. Pure, except for the file's path.
+//! The true waiting of this process: when at least one of its threads was inside a blocking call. Pure.
 //!
 //! A record is a span of time in which that was so without a break, or, if calls are shorter than [`SHORT_NS`], one span around many of
 //! them with the sum of their times. Records are cut at each write, so that a killed process loses a few milliseconds only.
-
-use std::path::{Path, PathBuf};
 
 /// Most GPUs of a world with CUDA.
 pub const MAX_GPUS: usize = 16;
 /// Waits that are shorter share a record: 20,000 calls a second are 200 records.
 const SHORT_NS: u64 = 50_000;
-
-pub const FOLDER: &str = "waits";
-
-/// The file of a process's records.
-pub fn path(dir: &Path, pid: u32, start_time: u64) -> PathBuf {
-    dir.join(crate::gpu::FOLDER).join(FOLDER).join(format!("{pid}-{start_time}"))
-}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Record {

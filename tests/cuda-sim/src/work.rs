@@ -1,10 +1,12 @@
 //! A process that uses a GPU through the CUDA driver, with kernels of a stated length.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use cuda_sim::gpu;
+use cuda_sim::wait_log::{OF_CALLER, WaitLog};
 use nvidia_ml_sim::time;
 use serde::Serialize;
 
@@ -12,6 +14,9 @@ use crate::driver::{self, Cuda, Object};
 use crate::ended_thread;
 use crate::install;
 use crate::pace::{Pace, Phase, Timetable, phase};
+
+/// Between two writes of the caller's records.
+const WRITE_INTERVAL: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -90,7 +95,7 @@ struct Done {
 #[derive(Serialize)]
 struct Summary {
     pid: u32,
-    start_time: Option<u64>,
+    start_time: u64,
     mode: Mode,
     #[serde(flatten)]
     done: Done,
@@ -150,12 +155,22 @@ fn work(options: &Options, cuda: &Cuda, context: Object) -> anyhow::Result<()> {
     if let Some(start_us) = options.static_start {
         std::thread::sleep(Duration::from_micros(start_us.saturating_sub(gpu::now_ns() / 1_000)));
     }
+    let pid = std::process::id();
+    let start_time = devkit::process::start_time(pid).context("/proc has no start time of this process; is /proc mounted?")?;
+    let calls = WaitLog::open(&options.dir, OF_CALLER, pid, start_time)?;
     let begin = Instant::now();
+    let worked = AtomicBool::new(false);
     let each = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            (0..options.threads.max(1)).map(|_| scope.spawn(|| Worker::new(options, cuda, context)?.run(pace, begin))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked"))).collect::<Vec<_>>()
-    });
+        let writer = scope.spawn(|| write_until(&calls, &worked));
+        let threads: Vec<_> = (0..options.threads.max(1))
+            .map(|_| scope.spawn(|| Worker::new(options, cuda, &calls, context)?.run(pace, begin)))
+            .collect();
+        let each: Vec<_> =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked"))).collect();
+        worked.store(true, Ordering::Relaxed);
+        writer.thread().unpark();
+        writer.join().unwrap_or_else(|_| bail!("a thread panicked")).map(|()| each)
+    })?;
     let mut done = Done::default();
     for one in each {
         let one = one?;
@@ -164,16 +179,28 @@ fn work(options: &Options, cuda: &Cuda, context: Object) -> anyhow::Result<()> {
         done.wait_total_seconds += one.wait_total_seconds;
     }
     cuda.destroy_context(context)?;
-    let pid = std::process::id();
-    let summary = Summary { pid, start_time: devkit::process::start_time(pid), mode: options.mode, done };
+    let summary = Summary { pid, start_time, mode: options.mode, done };
     println!("{}", serde_json::to_string(&summary)?);
     Ok(())
+}
+
+/// Writes the records of all threads until their work has ended, and then once more.
+fn write_until(calls: &WaitLog, worked: &AtomicBool) -> anyhow::Result<()> {
+    loop {
+        let last = worked.load(Ordering::Relaxed);
+        calls.write()?;
+        if last {
+            return Ok(());
+        }
+        std::thread::park_timeout(WRITE_INTERVAL);
+    }
 }
 
 /// One thread with its stream.
 struct Worker<'a> {
     options: &'a Options,
     cuda: &'a Cuda,
+    calls: &'a WaitLog,
     kernel_us: u64,
     stream: Object,
     event: Object,
@@ -182,11 +209,11 @@ struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(options: &'a Options, cuda: &'a Cuda, context: Object) -> anyhow::Result<Self> {
+    fn new(options: &'a Options, cuda: &'a Cuda, calls: &'a WaitLog, context: Object) -> anyhow::Result<Self> {
         let kernel_us = options.kernel.map_or(0, |kernel| kernel.as_micros() as u64);
         cuda.use_context(context)?;
         let (stream, event, graph) = (cuda.create_stream()?, cuda.create_event()?, cuda.create_graph(kernel_us)?);
-        Ok(Self { options, cuda, kernel_us, stream, event, graph, buffer: vec![0; 4096] })
+        Ok(Self { options, cuda, calls, kernel_us, stream, event, graph, buffer: vec![0; 4096] })
     }
 
     fn run(mut self, pace: Pace, begin: Instant) -> anyhow::Result<Done> {
@@ -221,6 +248,18 @@ impl<'a> Worker<'a> {
     }
 
     fn wait(&mut self) -> anyhow::Result<()> {
+        let blocks = self.options.mode != Mode::Spin;
+        if blocks {
+            self.calls.enter(self.options.gpu);
+        }
+        let result = self.call();
+        if blocks {
+            self.calls.leave(self.options.gpu);
+        }
+        result
+    }
+
+    fn call(&mut self) -> anyhow::Result<()> {
         match self.options.mode {
             Mode::Block | Mode::Graph | Mode::Empty => self.cuda.synchronize_stream(self.stream),
             Mode::Event => self.cuda.synchronize_event(self.event),
