@@ -20,10 +20,11 @@ const RECORDED: Duration = Duration::from_secs(60);
 const FIRST_PRESSURE: Duration = Duration::from_secs(45);
 /// Alone, and at its most while the other comes and goes: it is half of the time then, of which a mean over ten windows has most.
 const ALONE_AT_MOST: f64 = 0.1;
+/// Of its error: next to other work of the processors the windows differ.
+const STDERR_AT_MOST: f64 = 0.2;
 const TOGETHER_AT_LEAST: f64 = 0.2;
-/// Half the width of an interval, in its standard errors; the test accepts four, which chance exceeds once in 15,000 times.
-const INTERVAL_ERRORS: f64 = 1.96;
-const ACCEPTED_ERRORS: f64 = 4.0;
+/// Of an interval; the test accepts one of twice its width, which chance exceeds once in 15,000 times.
+const WIDEST: f64 = 0.4;
 /// Waiting per second from which a report confirms.
 const LEAST_EFFECT: f64 = 0.02;
 
@@ -86,7 +87,7 @@ fn a_contender_that_comes_and_goes_is_confirmed_and_a_pipeline_is_not() -> Resul
     println!("pressure alone: {alone:.3}");
     assert!((0.0..ALONE_AT_MOST).contains(&alone), "{alone}");
     let stderr = family(&agent, "container_gpu_pressure_stderr_ratio", &victim)?.context("the error of the pressure")?;
-    assert!((0.0..ALONE_AT_MOST).contains(&stderr), "{stderr}");
+    assert!((0.0..STDERR_AT_MOST).contains(&stderr), "{stderr}");
 
     let played = play(&mut scene, victim)?;
     let session = agent.record(RECORDED, Duration::ZERO)?;
@@ -153,9 +154,10 @@ fn check_confirmed(scene: &WaitScene, report: &Value, played: &PlayedUsers, span
     let demand = &found["demand"];
     let ends = demand["interval"].as_array().context("interval")?;
     let [least, most] = [0, 1].map(|n| ends.get(n).and_then(Value::as_f64).unwrap_or(f64::NAN));
-    let (rate, error) = (number(demand, "wait_rate")?, (most - least) / 2.0 / INTERVAL_ERRORS);
-    assert!(least <= rate && rate <= most && error < 0.1, "{demand}");
-    assert!((rate - truth).abs() <= ACCEPTED_ERRORS * error, "{demand}: the truth is {truth}");
+    let (rate, width) = (number(demand, "wait_rate")?, most - least);
+    assert!(least <= rate && rate <= most && width < WIDEST, "{demand}");
+    let accepted = least - width / 2.0..=most + width / 2.0;
+    assert!(accepted.contains(&truth), "{demand}: the truth is {truth}");
     assert!(number(demand, "transitions")? >= 4.0 && number(demand, "wait_seconds")? > 5.0, "{demand}");
     let findings = report["findings"].as_array().context("findings")?;
     assert!(findings.iter().any(|finding| finding["evidence"] == "demand-confirmed"), "{findings:?}");
