@@ -86,7 +86,7 @@ pub struct Played {
     pub samples: Vec<PlayedSample>,
     /// By user and other user: time in a blocking call, or polling, with work ready, while the other was on the GPU.
     pub kept_waiting_s: Vec<Vec<f64>>,
-    /// By user: true GPU time, and seconds in which its phase was on.
+    /// By user: true GPU time, and seconds in which its phase was on; of a second stage, in which it had or could get input.
     pub gpu_s: Vec<f64>,
     pub on_s: Vec<f64>,
 }
@@ -107,12 +107,21 @@ fn steps(seconds: f64) -> u32 {
     (seconds / STEP_S).round() as u32
 }
 
-fn is_on(users: &[User], user: usize, at_s: f64) -> bool {
+/// Whether a user works by its phase; a second stage always does.
+pub fn is_on(users: &[User], user: usize, at_s: f64) -> bool {
     match users[user].phase {
         Phase::Always | Phase::After(_) => true,
         Phase::Repeats { on, off, offset } => (at_s + offset) % (on + off) < on,
         Phase::WhileOff(other) => !is_on(users, other, at_s),
         Phase::WhileOn(other) => is_on(users, other, at_s),
+    }
+}
+
+/// Whether a user has work to do by its phase, or by that of the stages before it.
+fn has_input(users: &[User], user: usize, at_s: f64) -> bool {
+    match users[user].phase {
+        Phase::After(first) => has_input(users, first, at_s),
+        _ => is_on(users, user, at_s),
     }
 }
 
@@ -143,7 +152,14 @@ pub fn play_without(users: &[User], absent: Option<usize>, seconds: u32, random:
         let dones: Vec<u64> = states.iter().map(|state| state.done).collect();
         for user in 0..n {
             let on = is_on(users, user, at_s);
-            played.on_s[user] += if on { STEP_S } else { 0.0 };
+            let counts = match users[user].phase {
+                Phase::After(first) => {
+                    let state = &states[user];
+                    has_input(users, first, at_s) || dones[first] > state.taken || state.left > 0
+                }
+                _ => on,
+            };
+            played.on_s[user] += if counts { STEP_S } else { 0.0 };
             if absent != Some(user) {
                 submit(&users[user], &mut states[user], on, step, &dones, random);
             }

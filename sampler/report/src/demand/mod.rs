@@ -18,14 +18,14 @@
 //!   together is divided by GPU time ([`quietest`]).
 //!
 //! Errors follow from the scatter of the windows, with their correlation over neighbouring windows, and from what a call takes besides GPU
-//! time.
+//! time. Intervals also from the spans in which the same users are on: what a user causes depends on who else is on.
 
 mod quietest;
 mod regression;
 
 use super::model::DemandBasis;
 use quietest::{Estimate, Quietest};
-use regression::{is_solvable, regress, rows};
+use regression::{Regression, is_solvable, regress, rows};
 use statrs::distribution::{ContinuousCDF as _, Normal};
 
 /// Samples of a GPU a second.
@@ -175,12 +175,13 @@ impl DemandWindows {
         let booked = self.booked(other)?;
         let longer = booked.longer?;
         let is_sure = surely(longer.value, longer.error, contenders) > LEAST_EFFECT && !booked.is_own;
+        let most = booked.most.value + half(booked.most.error);
         (is_sure && booked.changes.min(compared.changes) >= LEAST_CHANGES).then(|| Demand {
             confirmed: true,
             basis: DemandBasis::Quietest,
             effect: Some(longer.value),
-            interval: Some([longer.value - half(longer.error), longer.value + half(longer.error)]),
-            most: Some(booked.most.value + half(booked.most.error)),
+            interval: Some([(longer.value - half(longer.error)).max(LEAST_EFFECT), most]),
+            most: Some(most),
             windows_with: booked.windows,
             windows_without: booked.quiet_windows,
             changes: booked.changes,
@@ -215,8 +216,11 @@ impl DemandWindows {
         let window = |n: &usize| DemandWindow { others: Vec::new(), named: Vec::new(), ..self.windows[*n] };
         let windows: Vec<DemandWindow> = inside.iter().map(window).collect();
         let spans: Vec<Vec<bool>> = self.spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
-        let others = self.by_time.iter().copied().filter(|user| *user != other);
-        compare(&windows, &spans, (other, &others.collect::<Vec<_>>()), contenders, &counted)
+        let candidates: Vec<usize> = self.by_time.iter().copied().filter(|user| *user != other).collect();
+        let while_on = |value: fn(&DemandWindow) -> f64| mean_while_on(&self.windows, on, value);
+        let (calls, waited) = (while_on(|window| window.calls), while_on(|window| window.waited));
+        let pair = Compared { other, candidates: &candidates, contenders, calls, waited };
+        compare(&windows, &spans, &pair, &counted)
     }
 }
 
@@ -234,15 +238,45 @@ fn surely(effect: f64, error: f64, contenders: usize) -> f64 {
     effect - normal_quantile(1.0 - 2.0 * (1.0 - LEVEL) / (2 * contenders.max(1)) as f64) * error
 }
 
-/// `users`: the other user, and those that may have to be separated from it.
-fn compare(
-    windows: &[DemandWindow],
-    spans: &[Vec<bool>],
-    users: (usize, &[usize]),
+/// What is compared: a victim and another user.
+struct Compared<'p> {
+    other: usize,
+    /// The users that may have to be separated from it.
+    candidates: &'p [usize],
+    /// How many are examined.
     contenders: usize,
-    counted: &Demand,
-) -> Demand {
-    let (other, candidates) = users;
+    /// Of the victim while the other user is on, a second.
+    calls: f64,
+    waited: f64,
+}
+
+/// The mean of the windows in which a user is on, for a half in those in which it begins or ends.
+fn mean_while_on(windows: &[DemandWindow], on: &[bool], value: fn(&DemandWindow) -> f64) -> f64 {
+    let (mut sum, mut weights) = (0.0, 0.0);
+    for (n, window) in windows.iter().enumerate().filter(|(n, _)| on[*n]) {
+        let is_end = |at: usize| on.get(at).is_some_and(|on| !on);
+        let ends = u8::from(is_end(n.wrapping_sub(1))) + u8::from(is_end(n + 1));
+        let weight = 0.5_f64.powi(i32::from(ends));
+        sum += weight * value(window);
+        weights += weight;
+    }
+    if weights > 0.0 { sum / weights } else { 0.0 }
+}
+
+/// The interval of an effect, if half of its width is known. A confirmed wait is longer than what confirms it, and none is longer than what
+/// the user waited.
+fn interval(effect: f64, half: Option<f64>, confirmed: bool, waited: f64) -> Option<[f64; 2]> {
+    let [least, most] = match half {
+        Some(half) => [effect - half, (effect + half).min(waited)],
+        None if confirmed => [LEAST_EFFECT, waited],
+        None => return None,
+    };
+    let least = if confirmed { least.max(LEAST_EFFECT) } else { least };
+    Some([least, most.max(least)])
+}
+
+fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], pair: &Compared<'_>, counted: &Demand) -> Demand {
+    let (other, calls) = (pair.other, pair.calls);
     let on = &spans[other];
     let with = on.iter().filter(|on| **on).count();
     let without = on.len() - with;
@@ -260,7 +294,7 @@ fn compare(
     if sum(false, |window| window.calls) < LEAST_CALLS {
         return not("the user made too few blocking calls while the contender was off, so nothing can be compared");
     }
-    let Some(users) = regressors(windows, spans, other, candidates) else {
+    let Some(users) = regressors(windows, spans, other, pair.candidates) else {
         return not("another user started and stopped at the same times, so the effect cannot be attributed");
     };
     let x = rows(windows, spans, &users);
@@ -269,14 +303,14 @@ fn compare(
     let (Some(waits), Some(works)) = (fit(|window| window.waited), fit(|window| window.own)) else {
         return not("another user started and stopped at the same times, so the effect cannot be attributed");
     };
-    let calls = sum(true, |window| window.calls) / with as f64;
-    let (longer, own) = (waits.coefficients[1] * calls, works.coefficients[1] * calls);
-    let waited = sum(true, |window| window.waited) / with as f64;
-    let (error, own_error) = ((waits.errors[1] * calls).hypot(OVERHEAD_ERROR * waited), works.errors[1] * calls);
+    let (longer, own) = ((waits.coefficients[1] * calls).min(pair.waited), works.coefficients[1] * calls);
+    let overhead_error = OVERHEAD_ERROR * pair.waited;
+    let (error, own_error) = ((waits.errors[1] * calls).hypot(overhead_error), works.errors[1] * calls);
     // Own work that seems to have grown by the chance of its samples is not subtracted: waiting is measured, own work is sampled.
-    let (own, stderr) = if own > OWN_ERRORS * own_error { (own, error.hypot(own_error)) } else { (0.0, error) };
+    let has_grown = own > OWN_ERRORS * own_error;
+    let (own, stderr) = if has_grown { (own, error.hypot(own_error)) } else { (0.0, error) };
     let effect = longer - own;
-    let surely = surely(effect, stderr, contenders);
+    let surely = surely(effect, stderr, pair.contenders);
     let why_not = if counted.changes < LEAST_CHANGES {
         "the contender started or stopped only once, which may be a coincidence"
     } else if surely > LEAST_EFFECT && effect < NOT_OWN * longer {
@@ -286,8 +320,12 @@ fn compare(
     } else {
         ""
     };
-    let (effect, interval) = (Some(effect), Some([effect - half(stderr), effect + half(stderr)]));
-    Demand { confirmed: why_not.is_empty(), effect, interval, why_not: why_not.into(), ..counted }
+    let confirmed = why_not.is_empty();
+    let half_of = |fit: &Regression| fit.halves[1].map(|half| half * calls);
+    let spread = half_of(&waits).and_then(|half| Some(if has_grown { half.hypot(half_of(&works)?) } else { half }));
+    let spread = spread.map(|spread| spread.max(half(stderr)).hypot(half(overhead_error)));
+    let interval = interval(effect, spread, confirmed, pair.waited);
+    Demand { confirmed, effect: Some(effect), interval, why_not: why_not.into(), ..counted }
 }
 
 /// The users in the regression: this one, and those candidates that are neither always on nor always off while the victim

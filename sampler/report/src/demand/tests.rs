@@ -71,6 +71,48 @@ fn calls_that_are_longer_than_a_window_count_as_a_whole() {
     assert!(demand.confirmed && (demand.effect.unwrap() - truth).abs() < 0.05, "{truth}: {demand:?}");
 }
 
+/// Windows of a victim with 50 calls a second and little scatter; the others are on by their number and the window's.
+fn drawn(n_windows: u64, others: usize, is_on: impl Fn(usize, u64) -> bool, waits: impl Fn(&[bool]) -> f64) -> Vec<DemandWindow> {
+    let window = |number: u64| {
+        let on: Vec<bool> = (0..others).map(|other| is_on(other, number)).collect();
+        DemandWindow {
+            number,
+            waited: waits(&on) + 0.001 * (number % 3) as f64,
+            calls: 50.0,
+            own: 0.2,
+            others: on.iter().map(|on| if *on { 0.3 } else { 0.0 }).collect(),
+            named: on.iter().map(|on| 2 * u32::from(*on)).collect(),
+        }
+    };
+    (0..n_windows).map(window).collect()
+}
+
+/// The equations have one number for what a user causes, the interval has also that it depends on a third one.
+#[test]
+fn intervals_are_wide_where_a_third_user_matters() {
+    let is_on = |other: usize, number: u64| if other == 0 { number / 9 % 2 == 1 } else { number / 23 % 2 == 1 };
+    let width = |with_third: f64| {
+        let waits = |on: &[bool]| 0.25 + if on[0] && on[1] { with_third } else { 0.4 * f64::from(u8::from(on[0])) };
+        let found = evaluate(&drawn(240, 2, is_on, waits), 0, 2);
+        let [least, most] = found.interval.unwrap();
+        assert!(found.confirmed && least <= 0.4 && most >= with_third, "{found:?}");
+        most - least
+    };
+    let (same, other) = (width(0.4), width(0.1));
+    assert!(same < 0.05 && other > 0.1, "{same}, {other}");
+}
+
+/// Without one span there would be nothing to compare, so only the ends are known that hold for each confirmed pair.
+#[test]
+fn an_interval_that_rests_on_one_span_has_the_least_and_the_most() {
+    let waits = |on: &[bool]| 0.25 + 0.4 * f64::from(u8::from(on[0]));
+    let found = evaluate(&drawn(60, 1, |_, number| !(25..40).contains(&number), waits), 0, 1);
+    let [least, most] = found.interval.unwrap();
+    assert!(found.confirmed && least == LEAST_EFFECT && (most - 0.65).abs() < 0.01, "{found:?}");
+    let hardly = evaluate(&drawn(60, 1, |_, number| !(25..40).contains(&number), |_| 0.25), 0, 1);
+    assert!(!hardly.confirmed && hardly.effect.is_some() && hardly.interval.is_none(), "{hardly:?}");
+}
+
 /// However many users are always on, each of those that start together is compared with the others of them.
 #[test]
 fn one_of_many_that_start_together_is_not_blamed_for_all() {
